@@ -1,0 +1,58 @@
+"""How every command starts and fails: flags, one clear line for a user's mistake, exit status 2."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging as absl_logging
+from ml_collections import config_flags
+
+from medsynth_jax.errors import UserError
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Runs `main` behind absl flags; a UserError or a bad flag is one line and exit status 2."""
+  def guarded(argv):
+    if len(argv) > 1:
+      raise UserError(f"unknown argument '{argv[1]}'; see --help")
+    quiet()
+    return main(argv)
+  try:
+    app.run(guarded, flags_parser=_parse)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def quiet() -> None:
+  """Keeps the libraries' informational log lines away from the progress bar."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger("orbax").setLevel(logging.WARNING)
+  logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def define_config(default: str | None = None) -> config_flags.ConfigFlag:
+  """The flag `--config=configs/NAME.py[:variant]` and its `--config.field=value`."""
+  return config_flags.DEFINE_config_file(
+    "config", default, "Config file and variant, as configs/pix2pix.py:paper;"
+    " any field is overridden by --config.field=value.", lock_config=True)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except UserError:
+    raise
+  except flags.Error as error:
+    raise UserError(_line(error)) from None
+  except (AttributeError, KeyError) as error:
+    raise UserError(f"unknown config field: {_line(error)}; --help shows the fields") from None
+  except (TypeError, ValueError) as error:
+    raise UserError(f"config: {_line(error)}") from None
+  except FileNotFoundError as error:
+    raise UserError(f"config file not found: {error.filename or _line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+  text = str(error.args[0]) if error.args else str(error)
+  return " ".join(text.split())

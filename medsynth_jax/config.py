@@ -1,0 +1,126 @@
+"""Fields that all configs share, and how a config is read: stages, names, sizes.
+
+A field lives in one place: at the top if all stages share it (`config.data`, `config.seed`), else
+in each stage's section (`config.cldm.steps`). A config with one stage has its fields at the top.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from medsynth_jax.errors import UserError
+
+
+def optim(**fields) -> ConfigDict:
+  """Optimiser section: Adam(W) with schedule, clipping, moving average and accumulation."""
+  return ConfigDict({
+    "lr": 2e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0,
+    "clip": 0.0,               # global gradient norm; 0: none
+    "ema": 0.999,              # decay of the moving average that synthesis uses; 0: none
+    "schedule": "constant", "hold": 0.5, "warmup": 0,
+    "accumulate": 1,           # micro-batches of batch_size per update
+    **fields})
+
+
+def stage(method: str, **fields) -> dict[str, Any]:
+  """Fields of one training stage, whatever its method."""
+  return {
+    "method": method, "steps": 1000, "batch_size": 8, "optim": optim(),
+    "draw": "pair",            # how source and target are drawn
+    "exclude_fold": -1,        # train without the cases of this fold; -1: with all
+    "misalign": 0.0,           # simulated misalignment level n: n degrees, 2n % shift and scale
+    **fields}
+
+
+def base(**fields) -> ConfigDict:
+  """Fields at the top of every config."""
+  return ConfigDict({
+    "seed": 0,
+    "dtype": "float32",        # compute type of the networks; parameters and losses stay float32
+    "data": {
+      "dir": "",               # a prepared data set; empty: the built-in simulated one
+      "source": "t1",          # "[a,b]" stacks several
+      "targets": "t2",
+      "size": "",              # "96,112" (or three numbers: 3-D patches); empty: holds every slice
+      "context": 0,            # 2.5-D: neighbouring slices on each side
+      "missing": "skip",       # a case that lacks a source: "skip", or "zero" (a presence channel)
+      "threads": 4, "prefetch": 2,
+      "augment": {"flip": False, "rotate": 0.0, "shift": 0.0, "scale": 0.0, "zoom": 1.0},
+      "simulated": {"n_subjects": 20, "seed": 0, "spacing": 2.0, "permute": False},
+    },
+    "mesh": {"fsdp": 1},       # devices over which parameters are split
+    "log_every": 25,
+    "validate_every": 500,     # validate on held-out subjects, then save
+    "validation_slices": 64,   # at most this many, evenly spread over the validation subjects
+    "synthesis": {"batch_size": 8, "overlap": 0.25},
+    "evaluation": {"ssim": "wang", "panels": 2},
+    **fields})
+
+
+def single(method: str, config: ConfigDict, **fields) -> ConfigDict:
+  """A config of one stage: the stage's fields join those at the top."""
+  config.update(ConfigDict(stage(method, **fields)))
+  return config
+
+
+def stages(config: ConfigDict) -> dict[str, ConfigDict]:
+  """{stage name: the section that holds its fields}, in training order."""
+  if "stages" not in config:
+    return {config.method: config}
+  return {name: config[name] for name in config.stages}
+
+
+def needs(section: ConfigDict) -> tuple[str, ...]:
+  """Earlier stages whose served states a stage sees."""
+  return tuple(section.get("needs", ()))
+
+
+def names(text: str) -> tuple[str, ...]:
+  """The names in "a", "a,b" or "[a, b]"."""
+  return tuple(n.strip().strip("'\"") for n in text.strip("[]() ").split(",") if n.strip())
+
+
+def sizes(text: str) -> tuple[int, ...]:
+  """The whole numbers in "96,112"; a UserError for anything else."""
+  try:
+    numbers = tuple(int(n) for n in names(text))
+  except ValueError:
+    raise UserError(f"data.size={text!r}: give whole numbers, as in 96,112") from None
+  if len(numbers) not in (0, 2, 3) or any(n < 1 for n in numbers):
+    raise UserError(f"data.size={text!r}: give two numbers (slices) or three (3-D patches)")
+  return numbers
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"data.dir": value}: nested fields by their dotted names; tuples as lists, as JSON has them."""
+  fields = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      fields.update(flat(value, f"{prefix}{name}."))
+    else:
+      fields[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return fields
+
+
+def differences(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
+  """Fields in which a run's config.json and this config differ, as "field: old -> new".
+
+  Where the data lies and how many devices share the parameters may change; so may a larger `steps`
+  of the last stage, if its learning rate is constant.
+  """
+  a, b = flat(old), flat(new.to_dict())
+  last = list(stages(new))[-1]
+  prefix = f"{last}." if "stages" in new else ""
+  grown = prefix + "steps"
+  free = {"data.dir", "mesh.fsdp"}
+  if b[prefix + "optim.schedule"] == "constant" and b[grown] >= a.get(grown, b[grown]):
+    free.add(grown)
+  absent = object()
+  return [f"{f}: {a.get(f, 'absent')} -> {b.get(f, 'absent')}" for f in sorted({*a, *b} - free)
+          if a.get(f, absent) != b.get(f, absent)]

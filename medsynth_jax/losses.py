@@ -1,0 +1,60 @@
+"""Losses of images and discriminators, weighted by where and whether both sides were measured."""
+
+import jax
+import jax.numpy as jnp
+
+from medsynth_jax.errors import UserError
+
+
+def weighted_mean(error: jax.Array, weight: jax.Array) -> jax.Array:
+  """Sum of weighted errors over max(1, sum of weights); `weight` broadcasts over channels."""
+  weight = jnp.broadcast_to(weight, error.shape)
+  return jnp.sum(error * weight) / jnp.maximum(1.0, jnp.sum(weight))
+
+
+def pixel_weight(batch) -> jax.Array:
+  """[B, *space, 1]: valid voxels of paired examples."""
+  paired = batch["paired"].reshape((-1,) + (1,) * (batch["valid"].ndim - 1))
+  return batch["valid"] * paired
+
+
+def l1(image: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+  return weighted_mean(jnp.abs(image - target), weight)
+
+
+def l2(image: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+  return weighted_mean(jnp.square(image - target), weight)
+
+
+PIXEL = {"l1": l1, "l2": l2}
+
+
+def outside_background(image: jax.Array, valid: jax.Array) -> jax.Array:
+  """The image, -1 outside the field of view: a discriminator sees the same there in real and fake."""
+  return jnp.where(valid > 0, image, -1.0)
+
+
+def _least_squares(logits: jax.Array, real: bool) -> jax.Array:
+  return jnp.square(logits - (1.0 if real else 0.0))
+
+
+def _cross_entropy(logits: jax.Array, real: bool) -> jax.Array:
+  return jax.nn.softplus(-logits if real else logits)
+
+
+GAN = {"lsgan": _least_squares, "cross_entropy": _cross_entropy}
+
+
+def gan(kind: str):
+  """The objective of that name: (logits, real) -> per-patch loss.
+
+  "lsgan" (Mao et al. 2017) or "cross_entropy", non-saturating for the generator (Goodfellow 2014).
+  """
+  if kind not in GAN:
+    raise UserError(f"gan={kind!r}: choose one of {', '.join(GAN)}")
+  return GAN[kind]
+
+
+def per_example(loss: jax.Array, weight: jax.Array) -> jax.Array:
+  """Patch losses averaged over each example, then over examples by `weight` [B]."""
+  return weighted_mean(loss.reshape(len(loss), -1).mean(1), weight)
