@@ -5,7 +5,7 @@ in each stage's section (`config.cldm.steps`). A config with one stage has its f
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -124,3 +124,23 @@ def differences(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
   absent = object()
   return [f"{f}: {a.get(f, 'absent')} -> {b.get(f, 'absent')}" for f in sorted({*a, *b} - free)
           if a.get(f, absent) != b.get(f, absent)]
+
+
+def choose(config: ConfigDict, variant: str, variants: Mapping[str, Callable]) -> ConfigDict:
+  """Applies a config's variant: `laptop` is the default, `paper` the published recipe."""
+  if variant not in variants:
+    raise UserError(f"config variant {variant!r}: choose one of"
+                    f" {', '.join(v or '(none)' for v in variants)}")
+  variants[variant](config)
+  return config
+
+
+def tiny(config: ConfigDict) -> None:
+  """What every `test` variant shares: seconds on one core, a few tiny simulated subjects."""
+  config.data.size = "32,32"
+  config.data.threads = 0
+  config.data.simulated.update(n_subjects=6, spacing=8.0)
+  config.update(log_every=1, validate_every=2, validation_slices=4)
+  config.synthesis.batch_size = 4
+  for section in stages(config).values():
+    section.update(steps=4, batch_size=2)

@@ -1,0 +1,123 @@
+"""Model inputs from physical slices: the same functions for training, evaluation and a new scan."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from medsynth_jax import config as configs
+from medsynth_jax.data.dataset import Case, Info
+from medsynth_jax.data.intensities import Scaling, to_model
+from medsynth_jax.errors import UserError
+
+MISSING = ("skip", "zero")
+BACKGROUND = -1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is made from what: sources, targets, the network's input size, 2.5-D context."""
+  sources: tuple[str, ...]
+  targets: tuple[str, ...]
+  size: tuple[int, ...]
+  context: int = 0
+  presence: bool = False
+
+  @property
+  def direction(self) -> str:
+    return "+".join(self.sources)
+
+  def channels(self, info: Info) -> int:
+    """Channels of `source`."""
+    one = sum(info.modality(m).channels + self.presence for m in self.sources)
+    return one * (2 * self.context + 1)
+
+
+def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
+  """The task of a config on a data set.
+
+  Args:
+    data: the section `config.data`.
+    factor: every size must be a multiple of it; with an empty `data.size` the largest slice of the
+      data set is rounded up to it.
+
+  Raises:
+    UserError: unknown modality, source among the targets, bad context, size or missing policy.
+  """
+  sources, targets = configs.names(data.source), configs.names(data.targets)
+  for field, chosen in (("data.source", sources), ("data.targets", targets)):
+    if not chosen:
+      raise UserError(f"{field} is empty; the data set has {', '.join(info.names)}")
+    for name in chosen:
+      if name not in info.names:
+        raise UserError(f"{field}: unknown modality '{name}'; the data set has"
+                        f" {', '.join(info.names)}")
+  if set(sources) & set(targets):
+    raise UserError(f"data.source and data.targets share {sorted(set(sources) & set(targets))}")
+  if data.missing not in MISSING:
+    raise UserError(f"data.missing={data.missing!r}: choose one of {', '.join(MISSING)}")
+  size = configs.sizes(data.size)
+  if not size:
+    step = np.lcm(factor, 16)
+    planes = np.array([_in_plane(c, info) for c in info.cases]).max(0)
+    size = tuple(int(-(-n // step) * step) for n in planes)
+  if any(n % factor for n in size):
+    good = ",".join(str(-(-n // factor) * factor) for n in size)
+    raise UserError(f"data.size={','.join(map(str, size))} is not divisible by {factor}, which the"
+                    f" network needs; use {good}")
+  if data.context < 0 or (data.context and len(size) == 3):
+    raise UserError(f"data.context={data.context}: neighbouring slices are for 2-D sizes, 0 or more")
+  return Task(sources, targets, size, data.context, data.missing == "zero")
+
+
+def _in_plane(case: Case, info: Info) -> tuple[int, ...]:
+  return tuple(n for axis, n in enumerate(case.shape) if axis != info.plane)
+
+
+def usable(case: Case, task: Task, target: str) -> bool:
+  """Whether a case has the target and the sources (any of them, with a presence channel)."""
+  have = [m in case.images for m in task.sources]
+  return target in case.images and (any(have) if task.presence else all(have))
+
+
+def source_channels(images: Mapping[str, np.ndarray], scalings: Mapping[str, Sequence[Scaling]],
+                    task: Task, info: Info) -> np.ndarray:
+  """Physical source slices [n, H, W] as model channels float32 [n, H, W, C] (context not yet in).
+
+  A missing source is background, and with `task.presence` each source carries a channel that is 1
+  where it is there and -1 where not.
+  """
+  shape = next(iter(images.values())).shape
+  channels = []
+  for name in task.sources:
+    if name in images:
+      channels += [to_model(s, images[name]) for s in scalings[name]]
+    else:
+      channels += [np.full(shape, BACKGROUND)] * info.modality(name).channels
+    if task.presence:
+      channels.append(np.full(shape, 1.0 if name in images else -1.0))
+  return np.stack(channels, -1).astype(np.float32)
+
+
+def case_source(arrays: Mapping[str, Any], case: Case, task: Task, info: Info) -> np.ndarray:
+  """`source_channels` of a case of the data set."""
+  images = {m: arrays["images"][m] for m in task.sources if m in case.images}
+  return source_channels(images, {m: case.images[m].source for m in images}, task, info)
+
+
+def case_valid(arrays: Mapping[str, Any], case: Case, task: Task, target: str) -> np.ndarray:
+  """Where the target and every present source were measured, bool [n, H, W]."""
+  there = [arrays["valid"][m] for m in (target, *task.sources) if m in case.images]
+  return np.logical_and.reduce(there)
+
+
+def neighbours(k: int, count: int, context: int) -> np.ndarray:
+  """Numbers of the slices around slice k, the volume's ends repeated."""
+  return np.clip(np.arange(k - context, k + context + 1), 0, count - 1)
+
+
+def stack_context(slices: np.ndarray) -> np.ndarray:
+  """[2c + 1, H, W, C] -> [H, W, (2c + 1) C], offset by offset."""
+  return np.concatenate(list(slices), -1)

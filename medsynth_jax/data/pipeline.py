@@ -1,0 +1,222 @@
+"""Training batches: a deterministic Grain pipeline over the slices (or patches) of a data set."""
+
+import dataclasses
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import ndimage
+
+from medsynth_jax.data.dataset import Info, Store
+from medsynth_jax.data.examples import (
+  BACKGROUND,
+  Task,
+  case_source,
+  case_valid,
+  neighbours,
+  stack_context,
+  usable,
+)
+from medsynth_jax.data.intensities import to_model
+from medsynth_jax.errors import UserError
+
+DRAWS = ("pair",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+  """Random in-plane transforms, one draw for all modalities of an example.
+
+  flip: left-right mirror with probability 1/2; rotate: degrees; shift, scale: shares of the size;
+  zoom: fixed magnification (1.117 with shift 0.058 is pix2pix's 286 -> random crop 256);
+  misalign: level n of a simulated misalignment, drawn for source and target apart (RegGAN).
+  """
+  flip: bool = False
+  rotate: float = 0.0
+  shift: float = 0.0
+  scale: float = 0.0
+  zoom: float = 1.0
+  misalign: float = 0.0
+
+
+def make_augment(augment: ConfigDict, misalign: float, info: Info) -> Augment:
+  """The augmentation of a stage; a UserError where a left-right flip has no axis in the slice."""
+  if augment.flip and info.plane == 0:
+    raise UserError("data.augment.flip mirrors left and right, which a sagittal slice does not"
+                    " hold; set it to False")
+  return Augment(**augment.to_dict(), misalign=misalign)
+
+
+def training_index(info: Info, task: Task, exclude_fold: int = -1) -> np.ndarray:
+  """Rows (volume, slice, target number) of the training cases, int32 [n, 3].
+
+  Only slices with enough foreground of a source are listed.
+
+  Raises:
+    UserError: no training case has both sides, or none of their slices holds foreground.
+  """
+  rows, cases = [], 0
+  for case in info.split("train"):
+    if case.fold == exclude_fold:
+      continue
+    for number, target in enumerate(task.targets):
+      if usable(case, task, target):
+        cases += 1
+        slices = sorted({k for m in task.sources if m in case.images for k in case.foreground[m]})
+        rows += [(case.volume, k, number) for k in slices]
+  pair = f"{task.direction} and {', '.join(task.targets)}"
+  if not cases:
+    raise UserError(f"no training case has {pair}; see the table of counts in dataset.json")
+  if not rows:
+    raise UserError(f"no slice left: no training slice with {pair} has enough foreground of the"
+                    " source; lower `min_foreground` in configs/prepare.py")
+  return np.array(rows, np.int32)
+
+
+def skipped(info: Info, task: Task) -> dict[str, int]:
+  """{target: training cases that cannot be used for it}, to be told to the user."""
+  train = info.split("train")
+  return {t: sum(not usable(c, task, t) for c in train) for t in task.targets}
+
+
+class Examples:
+  """Turns a row of the training index into one example; a Grain random map."""
+
+  def __init__(self, store: Store, task: Task, augment: Augment):
+    self.store, self.task, self.augment = store, task, augment
+    self.subjects = {s: i for i, s in enumerate(sorted({c.subject for c in store.info.cases}))}
+
+  def __call__(self, row: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    volume, k, number = (int(x) for x in row)
+    info, task = self.store.info, self.task
+    case, target = info.cases[volume], task.targets[number]
+    count = case.shape[info.plane]
+    deep = len(task.size) == 3
+    if deep:
+      first, depth = _depth_window(k, count, task.size[0], rng)
+      numbers, centre = np.arange(first, first + depth), slice(None)
+    else:
+      numbers, centre = neighbours(k, count, task.context), slice(task.context, task.context + 1)
+    arrays = self.store.slices(case, numbers)
+    source = case_source(arrays, case, task, info)
+    truth = to_model(case.images[target].target, arrays["images"][target][centre])[..., None]
+    valid = case_valid(arrays, case, task, target)[centre]
+    mask = valid & arrays["mask"][centre]
+    if not deep:
+      source = stack_context(source)[None]
+    parts = self._augmented(source, truth.astype(np.float32), valid, mask, rng)
+    example = dict(zip(("source", "target", "valid", "mask"), parts, strict=True))
+    if deep:
+      example = {n: _fit_depth(x, task.size[0], n) for n, x in example.items()}
+    else:
+      example = {n: x[0] for n, x in example.items()}
+    return {**example, "source_modality": np.int32(info.index(task.sources[0])),
+            "target_modality": np.int32(info.index(target)),
+            "subject": np.int32(self.subjects[case.subject]), "volume": np.int32(volume),
+            "slice": np.int32(k), "fold": np.int32(case.fold), "paired": np.float32(1)}
+
+  def _augmented(self, source, target, valid, mask, rng):
+    """Warps, mirrors, crops: [n, H, W, ...] -> [n, *in-plane size, C], one draw for all."""
+    a, plane = self.augment, self.task.size[-2:]
+    flip = a.flip and rng.random() < 0.5
+    shared = _transform(rng, a.rotate, a.shift, a.scale, a.zoom, source.shape[1:3])
+    sides = [_transform(rng, a.misalign, 0.02 * a.misalign, 0.02 * a.misalign, 1.0,
+                        source.shape[1:3]) for _ in range(2)]
+    corner = tuple(int(rng.integers(0, max(0, n - m) + 1))
+                   for n, m in zip(source.shape[1:3], plane, strict=True))
+    parts = []
+    for array, side, order in ((source, 0, 1), (target, 1, 1), (valid, None, 0), (mask, None, 0)):
+      array = array if array.ndim == 4 else array[..., None].astype(np.float32)
+      if side is None:  # measured where both sides are: the target's warp, then the source's
+        warped = np.minimum(_warp(array, shared @ sides[0], 0), _warp(array, shared @ sides[1], 0))
+      else:
+        warped = _warp(array, shared @ sides[side], order)
+      if flip:
+        warped = warped[:, ::-1]
+      parts.append(_window(warped, corner, plane, 0.0 if side is None else BACKGROUND))
+    return parts
+
+
+def _depth_window(k: int, count: int, depth: int, rng: np.random.Generator) -> tuple[int, int]:
+  """First slice and number of slices of a patch that holds slice k."""
+  if count <= depth:
+    return 0, count
+  return int(rng.integers(max(0, k - depth + 1), min(k, count - depth) + 1)), depth
+
+
+def _fit_depth(array: np.ndarray, depth: int, name: str) -> np.ndarray:
+  """Pads a shorter volume to the patch's depth with background, which is not valid."""
+  missing = depth - len(array)
+  fill = BACKGROUND if name in ("source", "target") else 0.0
+  return np.pad(array, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=fill)
+
+
+def _transform(rng, rotate: float, shift: float, scale: float, zoom: float, shape) -> np.ndarray:
+  """A random 3x3 map from output to input pixels about the slice's centre.
+
+  Always takes the same four numbers from `rng`, so that a field changes no other draw.
+  """
+  angle, zoom_by, *moved = rng.uniform(-1, 1, 4)
+  angle, factor = np.deg2rad(rotate * angle), zoom * (1 + scale * zoom_by)
+  linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
+  centre = (np.array(shape) - 1) / 2
+  matrix = np.eye(3)
+  matrix[:2, :2] = linear
+  matrix[:2, 2] = centre - linear @ centre - shift * np.array(moved) * np.array(shape)
+  return matrix
+
+
+def _warp(array: np.ndarray, matrix: np.ndarray, order: int) -> np.ndarray:
+  """Every slice and channel of [n, H, W, C] through one in-plane map; outside: background."""
+  if np.array_equal(matrix, np.eye(3)):
+    return array
+  fill = BACKGROUND if order else 0.0
+  out = np.empty_like(array)
+  for n in range(array.shape[0]):
+    for c in range(array.shape[-1]):
+      ndimage.affine_transform(array[n, ..., c], matrix[:2, :2], matrix[:2, 2], order=order,
+                               cval=fill, output=out[n, ..., c])
+  return out
+
+
+def _window(array: np.ndarray, corner, plane, fill: float) -> np.ndarray:
+  """Crops [n, H, W, C] at `corner`, or pads about the centre, to the in-plane size."""
+  (i, j), (h, w) = corner, plane
+  array = array[:, i:i + h, j:j + w]
+  pads = [((m - n) // 2, m - n - (m - n) // 2)
+          for n, m in zip(array.shape[1:3], plane, strict=True)]
+  if any(a or b for a, b in pads):
+    array = np.pad(array, ((0, 0), *pads, (0, 0)), constant_values=fill)
+  return np.ascontiguousarray(array)
+
+
+def training(store: Store, task: Task, augment: Augment, section: ConfigDict, config: ConfigDict,
+             stage: int, process: int = 0, processes: int = 1) -> grain.IterDataset:
+  """An endless, checkpointable iterator of this process's share of the training batches.
+
+  Slicing by process comes after shuffling and repeating, so that global batch k is the same set of
+  examples for any number of processes.
+
+  Raises:
+    UserError: nothing to train on, an unknown `draw`, a batch that does not divide over processes.
+  """
+  if section.draw not in DRAWS:
+    raise UserError(f"draw={section.draw!r}: choose one of {', '.join(DRAWS)}")
+  if section.batch_size % processes:
+    raise UserError(f"batch_size={section.batch_size} does not divide over {processes} processes")
+  index = training_index(store.info, task, section.exclude_fold)
+  examples = (grain.MapDataset.source(index).seed(config.seed + stage).shuffle().repeat()
+              .random_map(Examples(store, task, augment)))
+  batches = examples[process::processes].batch(section.batch_size // processes)
+  options = grain.ReadOptions(num_threads=config.data.threads,
+                              prefetch_buffer_size=max(1, 2 * config.data.threads))
+  return batches.to_iter_dataset(options)
+
+
+def example_batch(task: Task, info: Info) -> dict[str, np.ndarray]:
+  """A batch of one example of zeros, in the shapes of training."""
+  space = (1, *task.size)
+  images = {"source": task.channels(info), "target": 1, "valid": 1, "mask": 1}
+  numbers = ("source_modality", "target_modality", "subject", "volume", "slice", "fold")
+  return {**{n: np.zeros((*space, c), np.float32) for n, c in images.items()},
+          **{n: np.zeros(1, np.int32) for n in numbers}, "paired": np.zeros(1, np.float32)}

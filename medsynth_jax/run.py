@@ -1,0 +1,106 @@
+"""A run folder opened: its config, data description, methods, and the states it has stored."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from medsynth_jax import checkpoint, sharding
+from medsynth_jax import config as configs
+from medsynth_jax.contract import Method, State, create, served
+from medsynth_jax.data.dataset import Info, load_info
+from medsynth_jax.data.examples import Task, make_task
+from medsynth_jax.data.pipeline import example_batch
+from medsynth_jax.errors import UserError
+from medsynth_jax.methods import METHODS
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Everything that follows from a config and a data description, before any training."""
+  folder: Path
+  config: ConfigDict
+  info: Info
+  methods: Mapping[str, Method]
+  task: Task
+  mesh: Mesh
+
+  @functools.cached_property
+  def sections(self) -> dict[str, ConfigDict]:
+    return configs.stages(self.config)
+
+  def key(self, stage: str) -> jax.Array:
+    """The stage's root key."""
+    index = list(self.methods).index(stage)
+    return jax.random.fold_in(jax.random.key(self.config.seed), index)
+
+  def needs(self, stage: str) -> tuple[str, ...]:
+    """Earlier stages that a stage sees, theirs included."""
+    direct = configs.needs(self.sections[stage])
+    return tuple(dict.fromkeys(n for d in direct for n in (*self.needs(d), d)))
+
+  def served_shape(self, stage: str) -> State:
+    """Shapes and shardings of a stage's served state, without frozen ones."""
+    return self._placed(jax.eval_shape(
+      lambda s: served(s, self.methods[stage].keeps).replace(frozen={}), self.shape(stage)))
+
+  def shape(self, stage: str) -> State:
+    """Shapes and shardings of a stage's state."""
+    frozen = {need: self.served_shape(need) for need in self.needs(stage)}
+    example = example_batch(self.task, self.info)
+    make = functools.partial(create, self.methods[stage])
+    return self._placed(jax.eval_shape(make, self.key(stage), example, frozen))
+
+  def _placed(self, tree):
+    places = sharding.parameter_shardings(self.mesh, tree)
+    return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p),
+                        tree, places)
+
+  def restore(self, stage: str, which: str = "best") -> tuple[State, int]:
+    """(served state, step) of a trained stage, its frozen stages included."""
+    folder, shape = self.folder / stage, self.shape(stage)
+    state, step = checkpoint.load_state(folder, shape, which)
+    frozen = checkpoint.load_frozen(folder, shape.frozen)
+    return served(state, self.methods[stage].keeps).replace(frozen=frozen), step
+
+  def predictor(self, stage: str):
+    """`method.synthesize` of a stage, jitted, its images on every process."""
+    return jax.jit(self.methods[stage].synthesize, out_shardings=sharding.replicated(self.mesh))
+
+  def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return sharding.put_same(self.mesh, batch)
+
+
+def build(config: ConfigDict, info: Info, folder: Path) -> Run:
+  """Builds the methods of a config's stages.
+
+  Raises:
+    UserError: unknown method or stage, a size that a network refuses, a batch that does not divide.
+  """
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  methods: dict[str, Method] = {}
+  for stage, section in configs.stages(config).items():
+    if section.method not in METHODS:
+      raise UserError(f"method={section.method!r}: choose one of {', '.join(METHODS)}")
+    for need in configs.needs(section):
+      if need not in methods:
+        raise UserError(f"stage '{stage}' needs '{need}', which is no earlier stage")
+    sharding.check_batch(section.batch_size, mesh)
+    methods[stage] = METHODS[section.method](config, stage, info, methods)
+  factor = math.lcm(*(m.factor for m in methods.values()))
+  run = Run(Path(folder), config, info, methods, make_task(config.data, info, factor), mesh)
+  run.shape(list(methods)[-1])  # a size that a network refuses is told now, not after hours
+  return run
+
+
+def open_run(folder: str | Path) -> Run:
+  """Opens RUN; needs nothing outside it. UserError where it is no run folder."""
+  folder = Path(folder)
+  config = ConfigDict(checkpoint.read_config(folder))
+  return build(config, load_info(folder), folder)

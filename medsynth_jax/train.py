@@ -1,0 +1,208 @@
+"""The one training loop, for every method: stages in order, exact resume, late metrics."""
+
+import contextlib
+import functools
+import math
+import signal
+import time
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from medsynth_jax import checkpoint, sharding, windows
+from medsynth_jax.checkpoint import Checkpoints
+from medsynth_jax.contract import State, create, served
+from medsynth_jax.data import pipeline
+from medsynth_jax.data.dataset import Store
+from medsynth_jax.data.examples import case_source, case_valid, usable
+from medsynth_jax.data.intensities import to_model
+from medsynth_jax.errors import UserError
+from medsynth_jax.log import Log
+from medsynth_jax.run import Run
+
+
+class Interrupted(Exception):
+  """SIGTERM or Ctrl-C came; the state is saved."""
+
+
+def train(run: Run, store: Store) -> None:
+  """Trains the stages that are not finished, in the config's order.
+
+  Raises:
+    UserError: no training example, or a loss that is not finite.
+    Interrupted: asked to stop; everything is saved.
+  """
+  for number, stage in enumerate(run.methods):
+    train_stage(run, store, stage, number)
+
+
+def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
+  """Trains one stage from its latest checkpoint, or from the start, to its last step."""
+  section, method, folder = run.sections[stage], run.methods[stage], run.folder / stage
+  augment = pipeline.make_augment(run.config.data.augment, section.misalign, run.info)
+  source = pipeline.training(store, run.task, augment, section, run.config, number,
+                             jax.process_index(), jax.process_count())
+  batches = iter(grain.experimental.ThreadPrefetchIterDataset(
+    source.map(functools.partial(sharding.put_batch, run.mesh)),
+    prefetch_buffer_size=run.config.data.prefetch))
+  with jax.set_mesh(run.mesh), Checkpoints(folder) as saved, _stop_signals() as stop:
+    state = _start(run, stage, saved, batches)
+    step = int(state.step)
+    if step >= section.steps:
+      return
+    log = Log(folder, stage, step, section.steps, section.batch_size, jax.process_index() == 0)
+    validate = _Validation(run, store, stage, log)
+    take = _compiled(method, state, run, section.batch_size)
+    metrics = pending = None
+
+    def save():
+      if metrics is not None:
+        _check(metrics, step, folder)
+      saved.save(step, state, batches, validate(state, step))
+      log.paused()
+
+    with contextlib.closing(log):
+      first = step
+      while step < section.steps:
+        if stop:
+          validate.skip = step % run.config.validate_every != 0
+          if step > first or saved.latest() is None:
+            save()
+          saved.wait()
+          raise Interrupted(f"stage '{stage}' saved at step {step}; the same command continues")
+        if step > first and step % run.config.validate_every == 0:
+          save()
+        state, metrics = take(state, next(batches))
+        step += 1
+        if pending:  # fetched while the device works on the next step
+          log.scalars(pending[0], _check(pending[1], pending[0], folder))
+        pending = (step, metrics) if step % run.config.log_every == 0 else None
+        log.advance()
+      if pending:
+        log.scalars(step, _check(metrics, step, folder))
+      save()
+      saved.wait()
+
+
+def _start(run: Run, stage: str, saved: Checkpoints, batches) -> State:
+  """The state to go on from: the latest checkpoint, or a new one."""
+  shape = run.shape(stage)
+  latest = saved.latest()
+  if latest is not None:
+    frozen = checkpoint.load_frozen(run.folder / stage, shape.frozen)
+    return saved.restore(latest, shape.replace(frozen=frozen), batches)
+  section = run.sections[stage]
+  frozen, start = _handed_over(run, stage), {}
+  for net, earlier_stage in section.get("start", {}).items():
+    folder = run.folder / earlier_stage
+    start[net] = checkpoint.load_state(folder, run.shape(earlier_stage), "latest")[0].nets[net]
+  checkpoint.save_frozen(run.folder / stage, frozen)
+  example = pipeline.example_batch(run.task, run.info)
+  places = jax.tree.map(lambda x: x.sharding, shape)
+  make = functools.partial(create, run.methods[stage])
+  return jax.jit(make, out_shardings=places)(run.key(stage), example, frozen, start)
+
+
+def _handed_over(run: Run, stage: str) -> dict[str, State]:
+  """{earlier stage: its served state}, from its last checkpoint unless its handover is "best"."""
+  frozen = {}
+  for need in run.needs(stage):
+    which = run.sections[need].get("handover", "latest")
+    frozen[need] = run.restore(need, which)[0].replace(frozen={})
+  return frozen
+
+
+def _compiled(method, state: State, run: Run, batch_size: int):
+  """The training step, compiled before the loop; its time is told."""
+  def step(state, batch):
+    new, metrics = method.step(state, batch, jax.random.fold_in(state.key, state.step))
+    return new.replace(step=state.step + 1), metrics
+  places = jax.tree.map(lambda x: x.sharding, state)
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+  example = pipeline.example_batch(run.task, run.info)
+  batch_place = jax.sharding.NamedSharding(run.mesh, sharding.BATCH)
+  batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype, sharding=batch_place)
+           for k, v in example.items()}
+  then = time.perf_counter()
+  compiled = jitted.lower(state, batch).compile()
+  if jax.process_index() == 0:
+    print(f"training step compiled in {time.perf_counter() - then:.1f} s", flush=True)
+  return compiled
+
+
+def _check(metrics, step: int, folder: Path) -> dict[str, float]:
+  """Fetches metrics; a UserError where one is not finite."""
+  values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+  bad = [name for name, v in values.items() if not math.isfinite(v)]
+  if bad:
+    raise UserError(f"{', '.join(bad)} not finite at step {step}: training stopped, the checkpoints"
+                    f" in {folder} are from before; lower optim.lr or set optim.clip=1.0")
+  return values
+
+
+class _Validation:
+  """Masked MAE in model units of served synthesis on the validation subjects."""
+
+  def __init__(self, run: Run, store: Store, stage: str, log: Log):
+    self.run, self.store, self.stage, self.log = run, store, stage, log
+    self.method, self.skip = run.methods[stage], False
+    pairs = [(case, target) for case in run.info.split("validation") for target in run.task.targets
+             if usable(case, run.task, target)]
+    self.pairs = pairs if self.method.synthesize else []
+    self.predict = run.predictor(stage) if self.pairs else None
+
+  def __call__(self, state: State, step: int) -> float | None:
+    """The score (mean over subjects), logged with a panel; None where nobody is held out."""
+    if self.skip or not self.pairs:
+      return None
+    view = served(state, self.method.keeps)
+    errors: dict[str, list[float]] = {}
+    for i, (case, target) in enumerate(self.pairs):
+      error, panel = self._case(view, case, target)
+      if error is not None:
+        errors.setdefault(case.subject, []).append(error)
+      if i == 0:
+        self.log.image(step, f"validation/{case.name}", panel)
+    score = float(np.mean([np.mean(e) for e in errors.values()]))
+    self.log.scalars(step, {f"validation_{checkpoint.SCORE}": score})
+    return score
+
+  def _case(self, view: State, case, target: str):
+    run, config = self.run, self.run.config
+    arrays = self.store.volume(case)
+    count = len(arrays["mask"])
+    share = max(1, config.validation_slices // len(self.pairs))
+    inside = np.flatnonzero(arrays["mask"].any((1, 2)))
+    numbers = inside[np.unique(np.linspace(0, len(inside) - 1, min(share, len(inside))).astype(int))]
+    if len(run.task.size) == 3:
+      numbers = np.arange(count)
+    source = case_source(arrays, case, run.task, run.info)
+    truth = to_model(case.images[target].target, arrays["images"][target])[..., None]
+    image = windows.synthesise(
+      self.predict, view, source, run.task, source_modality=run.info.index(run.task.sources[0]),
+      target_modality=run.info.index(target), key=run.key(self.stage),
+      batch_size=config.synthesis.batch_size, overlap=config.synthesis.overlap, put=run.put,
+      numbers=numbers, target=truth.astype(np.float32) if self.method.sees_target else None)
+    mask = (case_valid(arrays, case, run.task, target) & arrays["mask"])[numbers]
+    error = np.abs(image - truth)[numbers, ..., 0][mask]
+    k = numbers[len(numbers) // 2]
+    panel = np.concatenate([x[k, ..., 0].T[::-1] for x in (source, truth, image)], 1)
+    return (float(error.mean()) if error.size else None), (panel + 1) / 2
+
+
+@contextlib.contextmanager
+def _stop_signals():
+  """A list that is not empty once SIGTERM or Ctrl-C has come (a second Ctrl-C ends at once)."""
+  asked: list[int] = []
+  def ask(number, frame):
+    if asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    asked.append(number)
+  old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield asked
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
