@@ -1,0 +1,343 @@
+"""Simulated subjects: image pairs whose truth is known, written as files and a table.
+
+Every image of this module is simulated. It exists so that all commands run without a download, and
+as an oracle for tests: noise-free images bound what any method can score, and each modality shows
+tissue that another cannot (white-matter lesions in T2 and FLAIR alone; PET foci, half of them
+without an MR sign; contrast agent in T1c and CTA alone). The way from the average brain to a
+subject is in anatomy.py, from a subject to images in scanner.py.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import gzip
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from ..errors import UserError
+from . import scanner as physics
+from .anatomy import CORNER, ENHANCING_SHARE, FIELD, anatomy, jacobian, smooth_field, stream
+from .scanner import MODALITIES, SCANNERS, SHOWS
+
+VERSION = 1  # of the simulation: raise it when images change
+ROIS = {"lesion": ("lesion",), "enhancing": ("enhancing",),
+        "hot_focus": ("hot_focus", "hot_focus_sign"),
+        "cold_focus": ("cold_focus", "cold_focus_sign")}
+
+
+@dataclass(frozen=True)
+class Subject:
+  """One simulated subject: arrays [x, y, z] on a common grid in RAS+ order.
+
+  Units: HU for ct and cta, SUV for pet, arbitrary for MR.
+  """
+
+  name: str
+  seed: int
+  affine: np.ndarray  # voxel -> mm, float64 [4, 4]
+  images: dict[str, np.ndarray]  # {modality: float32}, as measured
+  clean: dict[str, np.ndarray]  # without noise
+  ceiling: dict[str, np.ndarray]  # without noise, tissue hidden from the sources at its prior mean
+  masks: dict[str, np.ndarray]  # {region: bool}: head, brain, vessel, lesion, ...
+  displacement: dict[str, np.ndarray | None]  # {modality: float32 [x, y, z, 3] mm}
+  jacobian: float  # least determinant of the subject's deformation; positive: it is invertible
+
+
+def subject_seed(seed: int, index: int) -> int:
+  """The seed of subject `index` of data set `seed`: no two pairs share one (index < 2^20)."""
+  return (seed << 20) + index
+
+
+def grid(spacing: Sequence[float]) -> tuple[tuple[int, int, int], np.ndarray]:
+  """Shape and affine of a scan; the field of view is 192 x 224 x 192 mm at every spacing."""
+  shape = tuple(int(n) for n in np.maximum(np.rint(FIELD / np.asarray(spacing, float)), 1))
+  affine = np.diag([*(FIELD / shape), 1.0])
+  affine[:3, 3] = CORNER + 0.5 * FIELD / shape
+  return shape, affine
+
+
+def displacement_field(seed: int, modality: str, shape, level: float) -> np.ndarray:
+  """A random smooth field [x, y, z, 3] in mm whose mean length is `level` mm; it never folds."""
+  knot = max(40.0, 8.0 * level)
+  field = smooth_field(stream(seed, f"displacement {modality}"), shape, knot, 3)
+  field = field * (level / np.linalg.norm(field, axis=-1).mean())
+  spacing = FIELD / shape
+  points = np.stack(np.meshgrid(*(np.arange(n) * s for n, s in zip(shape, spacing, strict=True)),
+                                indexing="ij"))
+  least = jacobian(points + np.moveaxis(field, -1, 0), spacing).min()
+  if least <= 0:
+    raise UserError(f"simulated misalignment of {level:g} mm folds the image: use a smaller one")
+  return field.astype(np.float32)
+
+
+def pull(image: np.ndarray, displacement: np.ndarray, spacing, order: int = 3) -> np.ndarray:
+  """The image that shows at x what `image` [x, y, z] shows at x + displacement(x), in mm."""
+  at = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in image.shape), indexing="ij"))
+  at += np.moveaxis(displacement, -1, 0) / np.asarray(spacing, np.float32)[:, None, None, None]
+  pulled = ndimage.map_coordinates(image, at, order=order, mode="nearest")
+  return np.clip(pulled, image.min(), image.max())
+
+
+def inverse_displacement(displacement: np.ndarray, spacing, rounds: int = 15) -> np.ndarray:
+  """The field v with v(x) = -u(x + v(x)) in mm: pulling by u and then by v changes nothing.
+
+  Fixed-point iteration (Chen et al. 2008, doi 10.1118/1.2816107).
+  """
+  inverse = -displacement
+  for _ in range(rounds):
+    inverse = -np.stack([pull(displacement[..., k], inverse, spacing, order=1)
+                         for k in range(3)], axis=-1)
+  return inverse
+
+
+def _prior(body, sources):
+  """Coverages as far as the sources show them: others are replaced by their mean over subjects."""
+  known = {name for name, shown in SHOWS.items() if set(shown) & set(sources)}
+  covers = {name: body.abnormal[name] if name in known else body.expected[name] for name in SHOWS}
+  if "enhancing" not in known and "lesion" in known:  # where it may enhance is known, not whether
+    covers["enhancing"] = ENHANCING_SHARE * body.abnormal["lesion"]
+  return covers
+
+
+def _bin(array, factors):
+  """Means over blocks: thick slices of a finer image."""
+  for axis, factor in enumerate(factors):
+    shape = array.shape[:axis] + (-1, factor) + array.shape[axis + 1:]
+    array = array.reshape(shape).mean(axis + 1) if factor > 1 else array
+  return array
+
+
+def _check(modalities, sources, misaligned):
+  for name in (*modalities, *sources, *((misaligned,) if misaligned else ())):
+    if name not in MODALITIES:
+      raise UserError(f"simulated modality {name!r}: known are {', '.join(MODALITIES)}")
+  if misaligned and misaligned not in modalities:
+    raise UserError(f"misaligned={misaligned!r} is not among the modalities "
+                    f"{', '.join(modalities)}")
+
+
+def subject(seed: int, modalities: Sequence[str] = ("t1", "t2"),
+            sources: Sequence[str] = ("t1",), *, spacing: Sequence[float] = (2.0, 2.0, 2.0),
+            misaligned: str | None = None, misalignment: float = 0.0,
+            scanner: int = 0, name: str | None = None) -> Subject:
+  """Simulates one subject; the same seed is the same anatomy, whatever else is asked for.
+
+  Args:
+    seed: of the subject.
+    modalities: of t1, t1c, t2, pd, flair, ct, cta, pet.
+    sources: the modalities that a method sees; all others get a `ceiling`.
+    spacing: mm along x, y, z. A thick axis is simulated finer and averaged.
+    misaligned: a modality to displace by a smooth random field u, returned in `displacement`
+      [x, y, z, 3] in mm along RAS axes: its voxel x shows the tissue that all others, and the
+      masks, have at x + u(x). Its `clean` and `ceiling` are displaced too.
+    misalignment: mean length of u in mm.
+    scanner: index into scanner.SCANNERS (noise, echo time, MR bias, PET resolution).
+
+  Raises:
+    UserError: unknown modality or a misalignment so large that it folds the image.
+  """
+  _check(modalities, sources, misaligned)
+  shape, affine = grid(spacing)
+  spacing = FIELD / shape
+  factors = [int(f) for f in np.maximum(np.rint(spacing / spacing.min()), 1)]
+  fine = tuple(n * f for n, f in zip(shape, factors, strict=True))
+  body, site = anatomy(seed, fine), SCANNERS[scanner]
+  shift = displacement_field(seed, misaligned, fine, misalignment) if misaligned else None
+
+  def scan(modality, covers):
+    image = physics.noise_free(body, modality, covers, seed, site)
+    if modality == misaligned:
+      image = pull(image, shift, FIELD / fine)
+    return _bin(physics.receive(image, seed, modality, site), factors)
+
+  clean = {m: scan(m, body.abnormal) for m in modalities}
+  known = _prior(body, sources)
+  return Subject(
+    name=name or f"sim{seed:07d}", seed=seed, affine=affine, clean=clean,
+    images={m: physics.add_noise(c, spacing, seed, m, site) for m, c in clean.items()},
+    ceiling={m: scan(m, known) for m in modalities if m not in sources},
+    masks=_masks(body, factors), jacobian=body.jacobian,
+    displacement={m: _bin(shift, factors) if m == misaligned else None for m in modalities})
+
+
+def _masks(body, factors):
+  masks = {"head": body.head, "brain": body.brain}
+  shares = {"vessel": body.tissues["blood"]}
+  shares |= {roi: sum(body.abnormal[k] for k in kinds) for roi, kinds in ROIS.items()}
+  for roi, share in shares.items():
+    volume = np.zeros(body.shape, np.float32)
+    volume.reshape(-1)[body.inside] = share
+    masks[roi] = volume
+  return {roi: _bin(m.astype(np.float32), factors) >= 0.5 for roi, m in masks.items()}
+
+
+def regions(modalities: Sequence[str]) -> tuple[str, ...]:
+  """The regions that at least one of the modalities shows."""
+  shown = [roi for roi, kinds in ROIS.items()
+           if any(set(SHOWS[kind]) & set(modalities) for kind in kinds)]
+  return ("brain", *(("vessel",) if {"t1c", "cta"} & set(modalities) else ()), *shown)
+
+
+def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
+          modalities: Sequence[str] = ("t1", "t2"), sources: Sequence[str] = ("t1",),
+          spacing: Sequence[float] = (2.0, 2.0, 2.0), misaligned: str | None = None,
+          misalignment: float = 0.0, missing: tuple[str, float] = ("none", 0.0),
+          groups: int = 1, permute: bool = False, workers: int | None = None) -> Path:
+  """Writes a simulated data set (NIfTI files and cases.csv) and returns the table's path.
+
+  Columns: subject, group, one a modality, mask (the head), mask_<region> for the regions that the
+  modalities show, ceiling_<modality> for each modality that is not a source. Cells are relative
+  paths; a region that a subject lacks has an empty cell. Displacement fields (see `subject`) lie in
+  displacement/<subject>.nii.gz. The folder appears when it is complete; a second call with the same
+  arguments returns at once.
+
+  Args:
+    folder: made here.
+    missing: ("random", p): each image is absent with probability p, never all of a subject's;
+      ("group", p): in group g the modality number g (modulo their count) is absent for a share p.
+    groups: number of sites; site g uses scanner g modulo 3 (the second has blurred PET and more
+      noise), so that with ("group", p) the scanner tells which modalities there are.
+    permute: the modalities that are no sources come from the next subject, masks and ceiling too:
+      no method can learn from such pairs.
+    workers: parallel processes; default one a CPU core, or one alone for a small data set.
+
+  Raises:
+    UserError: bad arguments, or `folder` holds something else.
+  """
+  folder = Path(folder)
+  recipe = {
+    "simulated": True, "version": VERSION, "n_subjects": n_subjects, "seed": seed,
+    "modalities": list(modalities), "sources": list(sources),
+    "spacing": [float(s) for s in spacing], "misaligned": misaligned,
+    "misalignment": float(misalignment), "missing": list(missing), "groups": groups,
+    "permute": permute}
+  _check(modalities, sources, misaligned)
+  if n_subjects < 1 or groups < 1 or seed < 0 or missing[0] not in ("none", "random", "group"):
+    raise UserError(f"simulated data: n_subjects={n_subjects}, groups={groups}, seed={seed}, "
+                    f"missing={missing}: need at least one subject and group, a seed >= 0 and "
+                    "missing = none, random or group")
+  if folder.exists() and any(folder.iterdir()):
+    _check_same(folder, recipe)
+    return folder / "cases.csv"
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  part = folder.with_name(f".{folder.name}.part{os.getpid()}")
+  try:
+    (part / "images").mkdir(parents=True)
+    rows = _write_subjects(part, recipe, workers)
+    with (part / "cases.csv").open("w", newline="") as file:
+      table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+      table.writeheader()
+      table.writerows(rows)
+    (part / "simulated.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    part.replace(folder)
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+  return folder / "cases.csv"
+
+
+def _check_same(folder, recipe):
+  path = folder / "simulated.json"
+  if not path.exists():
+    raise UserError(f"{folder}: not empty and no simulated data set; choose another folder")
+  stored = json.loads(path.read_text())
+  different = [k for k in recipe if stored.get(k) != recipe[k]]
+  if different:
+    raise UserError(f"{folder}: holds a simulated data set with other {', '.join(different)}; "
+                    "choose another folder or delete it")
+
+
+def _write_subjects(part, recipe, workers):
+  n = recipe["n_subjects"]
+  voxels = n * float(np.prod(FIELD / recipe["spacing"]))
+  if workers is None:  # a small set is done before new processes have started
+    workers = (os.cpu_count() or 1) if voxels > 6e6 else 1
+  workers = min(workers, n)
+  jobs = [(part, recipe, i) for i in range(n)]
+  bar = {"total": n, "desc": "simulated subjects", "unit": "subject"}
+  if workers == 1:
+    return list(tqdm(map(_write_one, jobs), **bar))
+  # spawn: the caller may hold JAX's threads, which a forked process would inherit half dead
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    return list(tqdm(pool.map(_write_one, jobs), **bar))
+
+
+def _present(recipe, index):
+  """The modalities that subject `index` has."""
+  modalities, (kind, share) = recipe["modalities"], recipe["missing"]
+  rng = stream(subject_seed(recipe["seed"], index), "missing")
+  if kind == "group":
+    lacking = modalities[index % recipe["groups"] % len(modalities)]
+    return [m for m in modalities if m != lacking or rng.random() >= share]
+  if kind == "random":
+    kept = [m for m in modalities if rng.random() >= share]
+    return kept or [modalities[rng.integers(len(modalities))]]
+  return modalities
+
+
+def _simulate(recipe, index, modalities):
+  return subject(
+    subject_seed(recipe["seed"], index), modalities, recipe["sources"],
+    spacing=recipe["spacing"], misaligned=recipe["misaligned"] if
+    recipe["misaligned"] in modalities else None, misalignment=recipe["misalignment"],
+    scanner=index % recipe["groups"] % len(SCANNERS))
+
+
+def _write_one(job):
+  """Writes one subject's files; returns its row of the table."""
+  part, recipe, index = job
+  name, present = f"sim{index:04d}", _present(recipe, index)
+  sources = [m for m in present if m in recipe["sources"]]
+  targets = [m for m in present if m not in recipe["sources"]]
+  if recipe["permute"]:
+    first = _simulate(recipe, index, sources)
+    second = _simulate(recipe, (index + 1) % recipe["n_subjects"], targets)
+  else:
+    first = second = _simulate(recipe, index, present)
+  row = {"subject": name, "group": f"site{index % recipe['groups']}"}
+
+  def save(column, array, wanted=True):
+    row[column] = f"images/{name}_{column}.nii.gz" if wanted else ""
+    if wanted:
+      _save(part / row[column], array, second.affine, f"simulated {column}, no patient")
+
+  for m in recipe["modalities"]:
+    save(m, (first if m in sources else second).images.get(m), m in present)
+  save("mask", second.masks["head"])
+  for roi in regions(recipe["modalities"]):
+    save(f"mask_{roi}", second.masks[roi], second.masks[roi].any())
+  for m in recipe["modalities"]:
+    if m not in recipe["sources"]:
+      save(f"ceiling_{m}", second.ceiling.get(m), m in present)
+  for image in (first, second):
+    field = image.displacement.get(recipe["misaligned"])
+    if field is not None:
+      (part / "displacement").mkdir(exist_ok=True)
+      _save(part / f"displacement/{name}.nii.gz", field, image.affine,
+            "simulated displacement, mm RAS")
+  return row
+
+
+def _save(path, array, affine, description):
+  """NIfTI, 16 bits a voxel (8 for masks), the same bytes for the same image."""
+  if array.dtype == bool:
+    image = nib.Nifti1Image(array.astype(np.uint8), affine)
+  elif array.ndim == 4:
+    image = nib.Nifti1Image(array, affine)
+  else:
+    image = nib.Nifti1Image(array, affine)
+    image.set_data_dtype(np.int16)
+  image.header["descrip"] = description.encode()
+  image.header.set_xyzt_units("mm")
+  path.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
