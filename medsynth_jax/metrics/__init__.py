@@ -1,0 +1,1 @@
+"""Scores of a synthetic image against its reference, the floor they must beat, their summary."""
