@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medsynth_jax.data.volumes import LPS, ImageWarning
 from medsynth_jax.errors import UserError
 
 
@@ -40,8 +41,8 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   affine[:3, 3] = positions[0]
   if str(first.get("Units", "")) == "BQML":
     warnings.warn(f"{folder}: PET in Bq/ml, not SUV; convert it (SUV = Bq/ml x body weight in g /"
-                  " decay-corrected injected dose in Bq)", stacklevel=2)
-  return array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+                  " decay-corrected injected dose in Bq)", ImageWarning, stacklevel=2)
+  return array, LPS @ affine
 
 
 def _headers(folder: Path) -> list:
@@ -124,7 +125,7 @@ def _evened(folder: Path, slices: list, positions: np.ndarray, normal: np.ndarra
   after = np.searchsorted(depth, wanted, side="left").clip(1, len(depth) - 1)
   weight = ((wanted - depth[after - 1]) / gaps[after - 1]).clip(0, 1).astype(np.float32)
   warnings.warn(f"{folder}: slices of {thickness.min():g} to {thickness.max():g} mm, interpolated"
-                f" to {spacing:.2f} mm", stacklevel=3)
+                f" to {spacing:.2f} mm", ImageWarning, stacklevel=3)
   even = array[..., after - 1] * (1 - weight) + array[..., after] * weight
   return even, _line(folder, positions, (depth - depth[0]) / spacing)
 

@@ -25,6 +25,10 @@ EXTENSIONS = NIFTI + ITK
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # LPS <-> RAS, its own inverse
 
 
+class ImageWarning(UserWarning):
+  """Something about an image that its user should look at; `prepare` collects them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Volume:
   """One scan: `array` [i, j, k] in the file's own axis order, `affine` voxel -> RAS+ mm (4 x 4).
@@ -188,7 +192,7 @@ def _nifti_affine(image, path: Path) -> np.ndarray:
   qform, qcode = header.get_qform(coded=True)
   if not scode and not qcode:
     warnings.warn(f"{path}: the header has no orientation; axes taken as in old Analyze files"
-                  " (check left and right on the QC sheet)", stacklevel=2)
+                  " (check left and right on the QC sheet)", ImageWarning, stacklevel=2)
     return image.affine
   if not scode:
     return qform
