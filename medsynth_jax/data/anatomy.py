@@ -9,15 +9,14 @@ from __future__ import annotations
 import functools
 import zlib
 from dataclasses import dataclass
-from importlib import resources
 
 import numpy as np
 from scipy import ndimage
 
+from .atlas import STEP, atlas
+
 FIELD = np.array([192.0, 224.0, 192.0])  # mm, the field of view of every simulated scan
 CORNER = np.array([-96.0, -122.0, -84.0])  # its low corner in MNI mm
-STEP = 2.0  # mm, voxel of the canvas on which anatomy is drawn
-PADDING = ((12, 12), (6, 16), (8, 13))  # canvas voxels around the excerpt: room for the head
 TISSUES = ("air", "skin", "fat", "muscle", "bone", "marrow", "mucosa", "eye", "csf", "gm", "wm",
            "blood")
 
@@ -32,18 +31,6 @@ ABNORMAL = {
 }
 ENHANCING_SHARE = 0.4  # of the lesions
 
-# Air spaces: centre and radii in MNI mm, right side (mirrored where x > 0).
-CAVITIES = (
-  ((10, 80, -13), (9, 4.5, 10)),  # frontal sinus
-  ((0, 54, -38), (13, 16, 8)),  # ethmoid cells
-  ((27, 48, -63), (12, 15, 14)),  # maxillary sinus
-  ((6, 64, -58), (4, 24, 15)),  # nasal cavity
-  ((0, 14, -76), (9, 8, 26)),  # pharynx
-  ((58, -36, -46), (6, 9, 11)),  # mastoid cells
-)
-GLOBE = ((33, 62, -40), (12, 12, 12))
-ORBIT = ((31, 54, -40), (17, 26, 16))
-
 # Courses of the large vessels in MNI mm (right side; mirrored where x > 0) and radii in mm.
 VESSELS = (
   (2.6, ((0, 62, 28), (0, 45, 58), (0, 5, 79), (0, -40, 78), (0, -80, 50), (0, -104, 10),
@@ -56,22 +43,6 @@ VESSELS = (
   (1.8, ((0, -36, -80), (0, -30, -52), (0, -20, -24))),  # basilar artery
   (1.3, ((0, -20, -24), (18, -24, -14), (22, -48, -4), (12, -78, 2))),  # posterior cerebral
 )
-
-
-@dataclass(frozen=True)
-class Atlas:
-  """Static maps on the canvas, float32 [x, y, z]; distances in mm, negative inside."""
-
-  gm: np.ndarray
-  wm: np.ndarray
-  hull: np.ndarray  # inner surface of the skull, before its random offset
-  face: np.ndarray
-  air: np.ndarray
-  globe: np.ndarray
-  orbit: np.ndarray
-  detail: np.ndarray  # relative deviation of the T1 template from its tissues' means
-  density: dict[str, np.ndarray]  # where abnormalities arise, integrates to 1 over mm^3
-  origin: np.ndarray  # MNI mm of voxel (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -120,69 +91,6 @@ def smooth_field(rng, shape, knot: float, components: int = 0) -> np.ndarray:
     coefficients = np.moveaxis(np.tensordot(basis, coefficients, (1, axis)), 0, axis)
   field = coefficients / 0.3315  # standard deviation of the spline, averaged over positions
   return field if components else field[..., 0]
-
-
-def _ellipsoid(points, centre, radii, mirror=True):
-  """Rough signed distance in mm to an ellipsoid, to the pair of them where its centre has x > 0."""
-  x, y, z = points
-  x = np.abs(x) if mirror and centre[0] > 0 else x
-  scaled = np.sqrt(sum(((p - c) / r) ** 2
-                       for p, c, r in zip((x, y, z), centre, radii, strict=True)))
-  return ((scaled - 1) * min(radii)).astype(np.float32)
-
-
-def _signed_distance(mask):
-  outside = ndimage.distance_transform_edt(~mask, sampling=STEP)
-  return (outside - ndimage.distance_transform_edt(mask, sampling=STEP)).astype(np.float32)
-
-
-def _hull(brain, points):
-  """Signed distance to the closed, smoothed outline of brain and spinal canal."""
-  x, y, z = points
-  canal = (np.hypot(x, y + 46) < 11) & (z < -60)
-  filled = ndimage.distance_transform_edt(~(brain | canal), sampling=STEP) <= 10
-  closed = ndimage.distance_transform_edt(filled, sampling=STEP) > 10
-  return ndimage.gaussian_filter(_signed_distance(closed | brain | canal), 1.0)
-
-
-def _detail(t1, gm, wm, brain):
-  """Relative deviation of the T1 template from the mix of its tissues' means, smoothed a little."""
-  shares = np.stack([gm[brain], wm[brain], 1 - gm[brain] - wm[brain]], axis=1)
-  means = np.linalg.lstsq(shares, t1[brain], rcond=None)[0]
-  deviation = np.zeros_like(t1)
-  deviation[brain] = np.clip(t1[brain] / (shares @ means) - 1, -0.25, 0.25)
-  return deviation
-
-
-@functools.cache
-def atlas() -> Atlas:
-  """Reads the excerpt and draws the head around it (about a second, once a process)."""
-  source = resources.files("medsynth_jax.data").joinpath("assets/icbm152_2mm.npz")
-  with source.open("rb") as file, np.load(file) as stored:
-    t1, gm, wm, brain = (np.pad(stored[name], PADDING).astype(np.float32) / 255
-                         for name in ("t1", "gm", "wm", "brain"))
-    origin = stored["affine"][:3, 3] - STEP * np.array([before for before, _ in PADDING])
-  points = [c.astype(np.float32) for c in np.meshgrid(
-    *(o + STEP * np.arange(n) for o, n in zip(origin, t1.shape, strict=True)),
-    indexing="ij", sparse=True)]
-  x, y, z = points
-  cord = np.clip((6 - np.hypot(x, y + 46)) / STEP + 0.5, 0, 1) * np.clip(-z / 2 - 34.5, 0, 1)
-  solid = brain > 0.5
-  neck = np.maximum((np.hypot(x / 56, (y + 22) / 62) - 1) * 56, z + 45)
-  face = np.minimum(_ellipsoid(points, (0, 34, -52), (64, 64, 60)),
-                    _ellipsoid(points, (0, 96, -52), (13, 14, 18)))
-  white = ndimage.gaussian_filter(wm**2, 1.5) * (z > -30)
-  ventricle = ndimage.gaussian_filter(
-    np.clip(1 - gm - wm, 0, 1) * ndimage.binary_erosion(solid, iterations=8), 4.0)
-  density = {"white": white * (0.15 + ventricle / ventricle.max()),
-             "brain": ndimage.gaussian_filter(gm + wm, 2.0) ** 4 * (z > -40)}
-  return Atlas(
-    gm=gm, wm=np.maximum(wm, cord).astype(np.float32), hull=_hull(solid, points),
-    face=np.minimum(face, neck).astype(np.float32),
-    air=functools.reduce(np.minimum, (_ellipsoid(points, *cavity) for cavity in CAVITIES)),
-    globe=_ellipsoid(points, *GLOBE), orbit=_ellipsoid(points, *ORBIT),
-    detail=_detail(t1, gm, wm, solid), origin=origin,
-    density={name: (d / (d.sum() * STEP**3)).astype(np.float32) for name, d in density.items()})
 
 
 def _soft(distance, width=STEP):
@@ -264,7 +172,8 @@ def expected_coverage(name: str) -> np.ndarray:
     return ENHANCING_SHARE * expected_coverage("lesion")
   (least, rest), (low, high), where = ABNORMAL[name]
   cube = (high**4 - low**4) / (4 * (high - low))  # mean of radius^3, uniform radius
-  volume = (least + rest) * 4 / 3 * np.pi * cube
+  edge = (low + high) / 2 * STEP**2 / 4  # what the soft edge adds to a ball
+  volume = (least + rest) * 4 / 3 * np.pi * (cube + edge)
   spread = ndimage.gaussian_filter(atlas().density[where], 0.45 * (low + high) / 2 / STEP)
   return np.clip(volume * spread, 0, 1)
 
@@ -318,7 +227,7 @@ def anatomy(seed: int, shape: tuple[int, int, int]) -> Anatomy:
   a, rng = atlas(), stream(seed, "head")
   thickness = {name: np.clip(mean * np.exp(spread * smooth_field(rng, shape, 55.0)), low, high)
                for name, mean, spread, low, high in (
-                 ("csf", 2.2, 0.4, 0.8, 6), ("skull", 6.0, 0.25, 3, 11),
+                 ("csf", 1.4, 0.4, 0.5, 5), ("skull", 6.0, 0.25, 3, 11),
                  ("scalp", 6.0, 0.3, 3, 12), ("fat", 2.5, 0.4, 0.5, 6))}
   septa, mucosa = smooth_field(rng, shape, 9.0), smooth_field(rng, shape, 12.0)
   cavity = 1.2 * smooth_field(rng, shape, 20.0) + rng.normal(0, 1)

@@ -4,7 +4,8 @@ Every image of this module is simulated. It exists so that all commands run with
 as an oracle for tests: noise-free images bound what any method can score, and each modality shows
 tissue that another cannot (white-matter lesions in T2 and FLAIR alone; PET foci, half of them
 without an MR sign; contrast agent in T1c and CTA alone). The way from the average brain to a
-subject is in anatomy.py, from a subject to images in scanner.py.
+subject is in anatomy.py, from a subject to images in scanner.py; known misalignment is in
+displacements.py.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 from tqdm import tqdm
 
 from ..errors import UserError
 from . import scanner as physics
-from .anatomy import CORNER, ENHANCING_SHARE, FIELD, anatomy, jacobian, smooth_field, stream
+from .anatomy import CORNER, ENHANCING_SHARE, FIELD, anatomy, stream
+from .displacements import displacement_field, pull
 from .scanner import MODALITIES, SCANNERS, SHOWS
 
 VERSION = 1  # of the simulation: raise it when images change
@@ -65,40 +66,6 @@ def grid(spacing: Sequence[float]) -> tuple[tuple[int, int, int], np.ndarray]:
   affine = np.diag([*(FIELD / shape), 1.0])
   affine[:3, 3] = CORNER + 0.5 * FIELD / shape
   return shape, affine
-
-
-def displacement_field(seed: int, modality: str, shape, level: float) -> np.ndarray:
-  """A random smooth field [x, y, z, 3] in mm whose mean length is `level` mm; it never folds."""
-  knot = max(40.0, 8.0 * level)
-  field = smooth_field(stream(seed, f"displacement {modality}"), shape, knot, 3)
-  field = field * (level / np.linalg.norm(field, axis=-1).mean())
-  spacing = FIELD / shape
-  points = np.stack(np.meshgrid(*(np.arange(n) * s for n, s in zip(shape, spacing, strict=True)),
-                                indexing="ij"))
-  least = jacobian(points + np.moveaxis(field, -1, 0), spacing).min()
-  if least <= 0:
-    raise UserError(f"simulated misalignment of {level:g} mm folds the image: use a smaller one")
-  return field.astype(np.float32)
-
-
-def pull(image: np.ndarray, displacement: np.ndarray, spacing, order: int = 3) -> np.ndarray:
-  """The image that shows at x what `image` [x, y, z] shows at x + displacement(x), in mm."""
-  at = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in image.shape), indexing="ij"))
-  at += np.moveaxis(displacement, -1, 0) / np.asarray(spacing, np.float32)[:, None, None, None]
-  pulled = ndimage.map_coordinates(image, at, order=order, mode="nearest")
-  return np.clip(pulled, image.min(), image.max())
-
-
-def inverse_displacement(displacement: np.ndarray, spacing, rounds: int = 15) -> np.ndarray:
-  """The field v with v(x) = -u(x + v(x)) in mm: pulling by u and then by v changes nothing.
-
-  Fixed-point iteration (Chen et al. 2008, doi 10.1118/1.2816107).
-  """
-  inverse = -displacement
-  for _ in range(rounds):
-    inverse = -np.stack([pull(displacement[..., k], inverse, spacing, order=1)
-                         for k in range(3)], axis=-1)
-  return inverse
 
 
 def _prior(body, sources):
@@ -223,10 +190,7 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
     "misalignment": float(misalignment), "missing": list(missing), "groups": groups,
     "permute": permute}
   _check(modalities, sources, misaligned)
-  if n_subjects < 1 or groups < 1 or seed < 0 or missing[0] not in ("none", "random", "group"):
-    raise UserError(f"simulated data: n_subjects={n_subjects}, groups={groups}, seed={seed}, "
-                    f"missing={missing}: need at least one subject and group, a seed >= 0 and "
-                    "missing = none, random or group")
+  _check_recipe(recipe)
   if folder.exists() and any(folder.iterdir()):
     _check_same(folder, recipe)
     return folder / "cases.csv"
@@ -244,6 +208,23 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
   finally:
     shutil.rmtree(part, ignore_errors=True)
   return folder / "cases.csv"
+
+
+def _check_recipe(recipe):
+  least = 2 if recipe["permute"] else 1  # a subject alone cannot lend its target to another
+  if not least <= recipe["n_subjects"] <= 2**20:
+    raise UserError(f"simulated data: n_subjects={recipe['n_subjects']}: need {least} to {2**20}")
+  if recipe["groups"] < 1 or recipe["seed"] < 0 or min(recipe["spacing"]) <= 0:
+    raise UserError(f"simulated data: groups={recipe['groups']}, seed={recipe['seed']}, "
+                    f"spacing={recipe['spacing']}: need groups >= 1, seed >= 0, spacing > 0")
+  kind, share = recipe["missing"]
+  if kind not in ("none", "random", "group") or not 0 <= share <= 1:
+    raise UserError(f"simulated data: missing=({kind!r}, {share}): need none, random or group and "
+                    "a share from 0 to 1")
+  absent = [m for m in recipe["sources"] if m not in recipe["modalities"]]
+  if absent:
+    raise UserError(f"simulated data: source {absent[0]!r} is not among the modalities "
+                    f"{', '.join(recipe['modalities'])}")
 
 
 def _check_same(folder, recipe):
@@ -330,13 +311,10 @@ def _write_one(job):
 
 
 def _save(path, array, affine, description):
-  """NIfTI, 16 bits a voxel (8 for masks), the same bytes for the same image."""
-  if array.dtype == bool:
-    image = nib.Nifti1Image(array.astype(np.uint8), affine)
-  elif array.ndim == 4:
-    image = nib.Nifti1Image(array, affine)
-  else:
-    image = nib.Nifti1Image(array, affine)
+  """NIfTI, 16 bits a voxel (8 for masks, 32 for fields); the same bytes for the same image."""
+  mask = array.dtype == bool
+  image = nib.Nifti1Image(array.astype(np.uint8) if mask else array, affine)
+  if not mask and array.ndim == 3:
     image.set_data_dtype(np.int16)
   image.header["descrip"] = description.encode()
   image.header.set_xyzt_units("mm")

@@ -16,14 +16,14 @@ from .anatomy import FIELD, Anatomy, smooth_field, stream
 # tissue: T1 ms, T2 ms, proton density, HU, SUV (18F-FDG)
 PROPERTIES = {
   "air": (1000, 50, 0.0, -1000, 0.0),
-  "skin": (450, 35, 0.55, 45, 0.7),
+  "skin": (600, 40, 0.45, 45, 0.7),
   "fat": (260, 75, 0.80, -95, 0.3),
-  "muscle": (950, 45, 0.75, 55, 0.9),
+  "muscle": (1150, 45, 0.70, 55, 0.9),
   "bone": (300, 5, 0.08, 1250, 0.4),
-  "marrow": (350, 60, 0.42, 520, 0.9),
+  "marrow": (270, 65, 0.55, 520, 0.9),
   "mucosa": (1400, 150, 0.90, 30, 1.6),
   "eye": (3800, 900, 0.98, 12, 0.4),
-  "csf": (4200, 1800, 1.00, 8, 0.6),
+  "csf": (3800, 1800, 1.00, 8, 0.6),
   "gm": (1000, 100, 0.84, 38, 8.0),
   "wm": (580, 78, 0.71, 29, 3.2),
   "blood": (1500, 20, 0.15, 45, 1.9),  # flowing: nearly void in MR without contrast agent
@@ -37,7 +37,7 @@ MR_NOISE = 0.016  # of the image's 99th percentile
 SPREAD = (0.04, 0.04, 0.02)  # relative spread over subjects of T1, T2, proton density
 
 # repetition, echo and inversion time in ms
-SEQUENCES = {"t1": (520, 12, 0), "t1c": (520, 12, 0), "t2": (4500, 95, 0), "pd": (2800, 18, 0),
+SEQUENCES = {"t1": (520, 12, 0), "t1c": (520, 12, 0), "t2": (5000, 110, 0), "pd": (2800, 18, 0),
              "flair": (9000, 110, 2500)}
 MODALITIES = (*SEQUENCES, "ct", "cta", "pet")
 MR = tuple(SEQUENCES)
@@ -58,11 +58,11 @@ class Scanner:
 
   noise: float = 1.0
   echo: float = 1.0
-  shading: float = 0.16  # spread of the logarithm of the MR bias field
+  shading: float = 0.10  # spread of the logarithm of the MR bias field
   pet_fwhm: float = 5.5
 
 
-SCANNERS = (Scanner(), Scanner(1.4, 0.85, 0.22, 9.0), Scanner(0.8, 1.15, 0.12, 4.5))
+SCANNERS = (Scanner(), Scanner(1.4, 0.85, 0.15, 9.0), Scanner(0.8, 1.15, 0.07, 4.5))
 
 
 def mr_signal(modality: str, t1, t2, density, echo: float = 1.0):
