@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from scipy import stats
 
+from medsynth_jax.metrics.volume import PAPERS
+
 FEWEST = 5  # subjects for a confidence interval
 RESAMPLES = 9999
 HIGHER = ("psnr", "ssim", "ncc")  # better; all other metrics are errors
@@ -16,13 +18,16 @@ def higher_is_better(metric: str) -> bool:
 
 
 def unit_of(metric: str, scale: str) -> str:
-  """The metric's unit, where images are in `scale` ("HU", "SUV", "normalised")."""
+  """The metric's unit, where images are in `scale` ("HU", "SUV", "normalised").
+
+  A name may end in a paper ("mae_s2") or a region ("mae_lesion").
+  """
   base, _, paper = metric.partition("_")
   if base == "psnr":
     return "dB"
   if base in ("ssim", "ncc", "nmae"):
     return "1"
-  if paper:  # a paper's convention has a scale of its own, whatever the images' unit
+  if paper in PAPERS:  # a paper's convention has a scale of its own, whatever the images' unit
     scale = "grey levels of 255" if paper == "s2" else "[0, 1]"
   return f"({scale})^2" if base == "mse" else scale
 

@@ -1,0 +1,70 @@
+"""The rows of an evaluation that need no network: the floor, the identity, the ceiling."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from medsynth_jax import scoring
+from medsynth_jax.data.dataset import CEILING, Case, Info
+from medsynth_jax.data.examples import Task
+from medsynth_jax.errors import UserError
+from medsynth_jax.metrics.baselines import Floor
+
+
+def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction: str) -> Floor:
+  """The floor of the training volumes; its tables read the source channel that tells most.
+
+  A CT has a channel for each of its windows, and a table over all of -1024..3071 HU would see all
+  soft tissue as one bin: a floor too easily passed.
+
+  Args:
+    volumes: (source [n, H, W, C] model units, target [n, H, W] in the unit of scores, mask
+      [n, H, W], spacing in mm), one at a time.
+    common_grid: whether a mean image makes sense.
+
+  Raises:
+    UserError: no training voxel.
+  """
+  fitted = [Floor(common_grid and i == 0, channel=i) for i in range(channels)]
+  for volume in volumes:
+    for floor in fitted:
+      floor.add(*volume)
+  if not fitted[0].lut.count.sum():
+    raise UserError(f"{direction}: no training subject has both inside its mask, so that the floor"
+                    " of the table cannot be fitted; prepare the data set again")
+  best = max(fitted, key=_explained).fit()
+  best.image = fitted[0].image
+  return best
+
+
+def _explained(floor: Floor) -> float:
+  """The sum of squares between the bins of lut2: the larger, the better the channel predicts."""
+  table = floor.lut2
+  return float((table.total ** 2 / np.maximum(table.count, 1)).sum())
+
+
+def identity(source: np.ndarray, shown: Mapping[str, np.ndarray], task: Task, info: Info,
+             target: str) -> tuple[str, np.ndarray]:
+  """(row name, the source taken for the target), in the unit of the target's scores.
+
+  `identity` keeps HU and SUV; else `identity_normalised` takes the first source channel as if a
+  network had made it. `source` [n, H, W, C] model units; `shown` {source: physical volume}.
+  """
+  modality = info.modality(target)
+  scale = scoring.scale_of(modality)
+  same = [m for m in task.sources if not scale.own and info.modality(m).type == modality.type
+          and info.modality(m).unit == modality.unit]
+  if not same:
+    return "identity_normalised", scale.prediction(source[..., 0])
+  there = [m for m in same if m in shown]
+  if not there:  # a source that data.missing=zero filled with background
+    return "identity", np.full(source.shape[:3], scale.background, np.float32)
+  return "identity", scale.reference(shown[there[0]], modality.typical)
+
+
+def has_ceiling(info: Info, task: Task, target: str, cases: Sequence[Case]) -> bool:
+  """Whether simulated data hold the noise-free target for these sources, in all cases."""
+  made_for = info.notes.get("ceiling_sources")
+  if made_for is not None and set(made_for) != set(task.sources):
+    return False
+  return all(CEILING + target in case.images for case in cases)
