@@ -17,7 +17,7 @@ class Scan:
   """One image understood on its own grid, before any resampling.
 
   `volume` has its border-connected fill set to the background; `field` is where it measured and
-  `foreground` where it shows the patient (bool, the volume's shape); `notes` are warnings.
+  `foreground` the body that it shows (bool, the volume's shape); `notes` are warnings.
   """
   volume: Volume
   rules: Rules | Modality
@@ -57,7 +57,8 @@ def understand(volume: Volume, rules: Rules | Modality) -> Scan:
   Raises UserError where a volume has no foreground to scale by.
   """
   field = masks.field_of_view(volume.array, rules.type)
-  shown = intensities.foreground(volume.array, rules.type, field) & field
+  shown = intensities.foreground(volume.array, rules.type, field)
+  shown = masks.body_mask(shown, rules.type, volume.affine) & field
   values = volume.array[shown]
   try:
     source = tuple(intensities.fit(r, values) for r in rules.source)
@@ -91,12 +92,6 @@ def place_mask(mask: Volume, shape, affine: np.ndarray) -> np.ndarray:
   return grids.resample(mask, shape, affine, order=0, fill=False)
 
 
-def body(placed: Placed, kind: str, affine: np.ndarray) -> np.ndarray:
-  """The body mask of a placed scan."""
-  spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
-  return masks.body_mask(placed.foreground, kind, spacing)
-
-
 def reference_of(present: Sequence[str], reference: str, kinds: Mapping[str, str]) -> str:
   """The modality whose grid and body a case takes: the reference, else the last that is no PET."""
   if reference in present:
@@ -120,9 +115,9 @@ def prepare_source(volumes: Mapping[str, Volume], info: Info) -> Source:
   if not valid.any():
     files = ", ".join(s.volume.file for s in scans.values())
     raise UserError(f"{files}: no overlap in space; give scans of one patient in one position")
-  mask = body(placed[lead], scans[lead].rules.type, affine)
   return Source({n: p.image for n, p in placed.items()}, {n: s.source for n, s in scans.items()},
-                valid, mask, affine, tuple(note for s in scans.values() for note in s.notes))
+                valid, placed[lead].foreground, affine,
+                tuple(note for s in scans.values() for note in s.notes))
 
 
 def _new_grid(volume: Volume, name: str, info: Info) -> tuple[tuple[int, ...], np.ndarray]:

@@ -13,12 +13,13 @@ import numpy as np
 from medsynth_jax.data import case, grids, qc
 from medsynth_jax.data.case import Placed, Scan
 from medsynth_jax.data.dataset import CEILING, quantise
-from medsynth_jax.data.intensities import Rules, clipped
+from medsynth_jax.data.intensities import Rules, Scaling, clipped
 from medsynth_jax.data.table import Row
 from medsynth_jax.data.volumes import ImageWarning, read
 from medsynth_jax.errors import UserError
 
 FORMAT = 1
+CT_SHOWN = Scaling("linear", -200.0, 300.0)  # HU; soft tissue and bone on the sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _make(job: Job) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     images[name] = _facts(scan)
     notes += scan.notes
   del scan  # only what lies on the model grid is needed from here on
-  body = _body(job, reference, placed[reference], affine)
+  body = _body(job, reference, placed[reference].foreground, affine)
   notes += _check_overlap(job, reference, placed, body)
   rois = _regions(job, shape, affine, notes)
   for name in names:
@@ -105,7 +106,8 @@ def _make(job: Job) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   arrays, quantised = _arrays(job, placed, body, rois)
   shown = {n: placed[n] for n in names if not n.startswith(CEILING)}
   strip = qc.strip(job.row.name, {n: p.image for n, p in shown.items()},
-                   {n: case.scaling(images[n]["target"]) for n in shown}, reference, body, affine)
+                   {n: CT_SHOWN if kinds[n] == "ct" else case.scaling(images[n]["target"])
+                    for n in shown}, reference, body, affine)
   meta = {
     "reference": reference, "shape": list(shape), "affine": affine.tolist(), "rois": list(rois),
     "images": {n: images[n] | quantised[n] for n in names}, "notes": notes,
@@ -124,18 +126,18 @@ def _facts(scan: Scan) -> dict[str, Any]:
           "target": dataclasses.asdict(scan.target)}
 
 
-def _body(job: Job, reference: str, placed: Placed, affine: np.ndarray) -> np.ndarray:
+def _body(job: Job, reference: str, made: np.ndarray, affine: np.ndarray) -> np.ndarray:
+  """The body of the case: the mask that its row names, else the one made from the reference."""
   if job.row.mask:
-    mask = case.place_mask(read(job.row.mask, mask=True), placed.image.shape, affine)
+    mask = case.place_mask(read(job.row.mask, mask=True), made.shape, affine)
     if not mask.any():
       raise UserError(f"{job.row.mask}: the mask has no voxel on the grid of"
                       f" {job.row.images[reference]}; check that it belongs to this case")
     return mask
-  body = case.body(placed, job.rules[reference].type, affine)
-  if not body.any():
+  if not made.any():
     raise UserError(f"{job.row.images[reference]}: no body found in it, so the mask would be"
                     " empty; give one in the column 'mask'")
-  return body
+  return made
 
 
 def _check_overlap(job: Job, reference: str, placed: Mapping[str, Placed],

@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from medsynth_jax.data.volumes import Volume
 
-SNAP = 1e-3  # voxels: closer lattices than this are taken as equal
+SNAP = 0.01  # voxels: lattices that agree this well are taken as equal
 SHEAR = 1e-3  # cosine between axes up to which a lattice is kept as it is
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from medsynth_jax.data.intensities import Scaling, to_model
+from medsynth_jax.data.intensities import Scaling, otsu, to_model
 
-TILE = 144      # pixels of a slice's frame
+TILE = 168      # pixels of a slice's frame
 TEXT = 16       # pixels of the line above a case
 GREEN, RED = (80, 255, 80), (255, 70, 70)
 
@@ -29,14 +29,15 @@ def strip(name: str, images: Mapping[str, np.ndarray], scalings: Mapping[str, Sc
           reference: str, mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
   """One case: axial, coronal and sagittal middle slices of every modality, uint8 [h, w, 3].
 
-  `images` physical [x, y, z] with their display `scalings`; contours of the reference (its body
-  `mask` red, its brighter half green) are drawn over every modality.
+  `images` physical [x, y, z], shown by `scalings`; contours of the reference (its body
+  `mask` red, its bright parts green) are drawn over every modality.
   """
   spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
   middle = [int(round(float(np.median(np.flatnonzero(mask.any(tuple(b for b in range(3)
             if b != a))))))) if mask.any() else mask.shape[a] // 2 for a in range(3)]
-  inner = images[reference][mask]
-  level = float(np.median(inner)) if inner.size else 0.0
+  smooth = to_model(scalings[reference], ndimage.gaussian_filter(
+    images[reference], np.minimum(2.0 / spacing, 2.0) / 2))
+  level = otsu(smooth[mask]) if mask.any() else np.inf
   tiles = []
   for plane in (2, 1, 0):
     lines = {}
@@ -44,10 +45,9 @@ def strip(name: str, images: Mapping[str, np.ndarray], scalings: Mapping[str, Sc
       pixels, aspect = display(images[modality], plane, middle[plane], spacing)
       tile, place = _tile((to_model(scalings[modality], pixels) + 1) / 2, aspect)
       if not lines:
-        edge, _ = display(images[reference], plane, middle[plane], spacing)
+        edge, _ = display(smooth, plane, middle[plane], spacing)
         whole, _ = display(mask, plane, middle[plane], spacing)
-        smooth = ndimage.gaussian_filter(edge.astype(np.float32), 0.7)
-        lines = {GREEN: _outline((smooth > level) & whole, place), RED: _outline(whole, place)}
+        lines = {GREEN: _outline((edge > level) & whole, place), RED: _outline(whole, place)}
       for colour, line in lines.items():
         tile[line] = colour
       tiles.append(_labelled(tile, modality, "AP" if plane == 0 else "RL"))

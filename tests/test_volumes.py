@@ -1,0 +1,373 @@
+"""Files and grids: what is read, written, resampled and refused."""
+
+import errno
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from medsynth_jax.data import grids, volumes
+from medsynth_jax.data.volumes import EXTENSIONS, ImageWarning, Volume, read, write
+from medsynth_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+ARRAY = RNG.normal(size=(7, 6, 5)).astype(np.float32)
+
+
+def rotation(x=0.0, y=0.0, z=0.0):
+  cx, sx, cy, sy, cz, sz = (f(a) for a in (x, y, z) for f in (np.cos, np.sin))
+  return (np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+          @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+          @ np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]))
+
+
+def affine_of(spacing=(1, 1, 1), turn=None, origin=(0, 0, 0)):
+  affine = np.eye(4)
+  affine[:3, :3] = (np.eye(3) if turn is None else turn) * np.asarray(spacing, float)
+  affine[:3, 3] = origin
+  return affine
+
+
+OBLIQUE = affine_of((0.9, 1.1, 3), rotation(0.1, -0.2, 0.3) @ np.diag([-1, -1, 1]), (5, -7, 11))
+SHEARED = OBLIQUE @ np.array([[1, 0, 0, 0], [0, 1, 0.8, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+def smooth(shape, affine):
+  """A linear function of the place in mm, which linear interpolation reproduces."""
+  index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+  place = index @ affine[:3, :3].T + affine[:3, 3]
+  return (place @ [1.0, 2.0, -0.5]).astype(np.float32)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("affine", [affine_of((1, 2, 3), origin=(1, 2, 3)), OBLIQUE, SHEARED],
+                         ids=["plain", "oblique", "sheared"])
+def test_what_is_written_is_read_back(tmp_path, extension, affine):
+  path = tmp_path / f"scan.name{extension}"
+  write(path, ARRAY, affine)
+  volume = read(path)
+  np.testing.assert_array_equal(volume.array, ARRAY)
+  np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+    ["scan.name.mhd", "scan.name.raw"] if extension == ".mhd" else [path.name])
+
+
+@pytest.mark.parametrize("extension", [".mha", ".mhd", ".nrrd"])
+def test_itk_and_nifti_files_mean_the_same_place(tmp_path, extension):
+  write(tmp_path / "a.nii.gz", ARRAY, OBLIQUE)
+  sitk.WriteImage(sitk.ReadImage(str(tmp_path / "a.nii.gz")), str(tmp_path / f"b{extension}"))
+  volume = read(tmp_path / f"b{extension}")
+  np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-4)
+  np.testing.assert_array_equal(volume.array, ARRAY)
+
+
+def test_slope_and_trailing_axes_and_masks(tmp_path):
+  stored = np.arange(24, dtype=np.int16).reshape(2, 3, 4, 1)
+  nib.save(nib.Nifti1Image(stored, np.eye(4)), tmp_path / "a.nii")
+  raw = bytearray((tmp_path / "a.nii").read_bytes())
+  raw[112:120] = np.array([2, -10], "<f4").tobytes()  # scl_slope, scl_inter
+  (tmp_path / "a.nii").write_bytes(raw)
+  np.testing.assert_array_equal(read(tmp_path / "a.nii").array, 2.0 * stored[..., 0] - 10)
+  assert read(tmp_path / "a.nii").array.shape == (2, 3, 4)
+  assert read(tmp_path / "a.nii", mask=True).array.dtype == bool
+
+
+def test_like_keeps_the_codes_of_the_source(tmp_path):
+  image = nib.Nifti1Image(ARRAY, OBLIQUE)
+  image.set_sform(OBLIQUE, 4)
+  image.set_qform(None, 0)
+  nib.save(image, tmp_path / "a.nii.gz")
+  write(tmp_path / "b.nii.gz", ARRAY, OBLIQUE, like=tmp_path / "a.nii.gz")
+  assert nib.load(tmp_path / "b.nii.gz").header["sform_code"] == 4
+
+
+def _save(path, array=ARRAY, affine=OBLIQUE):
+  nib.save(nib.Nifti1Image(array, affine), path)
+  return path
+
+
+def _broken(path, kind):
+  if kind == "missing":
+    return path
+  if kind == "empty":
+    path.write_bytes(b"")
+  elif kind == "text":
+    path.write_text("not an image at all" * 30)
+  elif kind == "truncated":
+    write(path, RNG.normal(size=(20, 20, 20)).astype(np.float32), OBLIQUE)
+    data = path.with_suffix(".raw") if path.suffix == ".mhd" else path
+    data.write_bytes(data.read_bytes()[:4000])
+  return path
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("kind, says", [
+  ("missing", "no such file"), ("empty", "empty"), ("text", "damaged|not an image"),
+  ("truncated", "truncated")])
+def test_damaged_files_are_refused(tmp_path, extension, kind, says):
+  path = _broken(tmp_path / f"scan{extension}", kind)
+  with pytest.raises(UserError, match=says) as error:
+    read(path)
+  assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_voxel_file_of_mhd_missing(tmp_path):
+  write(tmp_path / "a.mhd", ARRAY, OBLIQUE)
+  (tmp_path / "a.raw").unlink()
+  with pytest.raises(UserError, match="a.raw is missing"):
+    read(tmp_path / "a.mhd")
+
+
+@pytest.mark.parametrize("array, says", [
+  (np.zeros((3, 4, 5, 2)) + np.arange(2), "4-D"),
+  (np.where(ARRAY > 1, np.nan, ARRAY), "NaN or Inf"),
+  (np.where(ARRAY > 1, np.inf, ARRAY), "NaN or Inf"),
+  (np.full((3, 4, 5), 7.0), "constant"),
+  (ARRAY.astype(np.complex64), "one channel")])
+def test_voxels_that_are_no_scan_are_refused(tmp_path, array, says):
+  with pytest.raises(UserError, match=says):
+    read(_save(tmp_path / "a.nii.gz", array))
+
+
+def test_other_refusals(tmp_path):
+  with pytest.raises(UserError, match="empty mask"):
+    read(_save(tmp_path / "m.nii.gz", np.zeros((3, 4, 5), np.uint8)), mask=True)
+  (tmp_path / "scan.png").write_bytes(b"x")
+  with pytest.raises(UserError, match="not an image file"):
+    read(tmp_path / "scan.png")
+  rgb = sitk.GetImageFromArray(np.zeros((4, 4, 4, 3), np.uint8), isVector=True)
+  sitk.WriteImage(rgb, str(tmp_path / "rgb.mha"))
+  with pytest.raises(UserError, match="3 channels"):
+    read(tmp_path / "rgb.mha")
+  with pytest.raises(UserError, match="cannot write this format"):
+    write(tmp_path / "a.png", ARRAY, OBLIQUE)
+
+
+def test_singular_affine_is_refused(tmp_path):
+  image = nib.Nifti1Image(ARRAY, None)
+  image.header["sform_code"] = 1
+  image.header["srow_x"], image.header["srow_y"] = [1, 0, 0, 0], [0, 1, 0, 0]
+  image.header["srow_z"] = [1, 1, 0, 0]
+  nib.save(image, tmp_path / "a.nii")
+  with pytest.raises(UserError, match="singular affine"):
+    read(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("shift, refused", [(0.05, False), (0.2, True)])
+def test_sform_and_qform_must_agree_to_a_tenth_of_a_voxel(tmp_path, shift, refused):
+  image = nib.Nifti1Image(ARRAY, OBLIQUE)
+  moved = OBLIQUE.copy()
+  moved[:3, 3] += shift * OBLIQUE[:3, 0]
+  image.set_sform(OBLIQUE, 1)
+  image.set_qform(moved, 1)
+  nib.save(image, tmp_path / "a.nii.gz")
+  if refused:
+    with pytest.raises(UserError, match="sform and qform differ by 0.2"):
+      read(tmp_path / "a.nii.gz")
+  else:
+    np.testing.assert_allclose(read(tmp_path / "a.nii.gz").affine, OBLIQUE, atol=1e-5)
+
+
+def test_no_orientation_is_a_warning(tmp_path):
+  image = nib.Nifti1Image(ARRAY, None)
+  nib.save(image, tmp_path / "a.nii")
+  with pytest.warns(ImageWarning, match="no orientation"):
+    read(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, extension):
+  path = tmp_path / f"a{extension}"
+  write(path, ARRAY, OBLIQUE)
+  before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+  def full(temporary, *args, **kwargs):
+    temporary.write_bytes(b"half a file")
+    raise OSError(errno.ENOSPC, "No space left on device")
+  monkeypatch.setattr(volumes, "_write_nifti", full)
+  monkeypatch.setattr(volumes, "_write_itk", full)
+  with pytest.raises(UserError, match="disk is full"):
+    write(path, ARRAY + 1, OBLIQUE)
+  assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# --- DICOM -----------------------------------------------------------------------------------
+
+
+def dicom_series(folder, positions, orientation=(1, 0, 0, 0, 1, 0), series=None, **fields):
+  """Slices of 5 rows x 4 columns; the pixels of slice k are 100 k + row-major count."""
+  folder.mkdir(exist_ok=True)
+  series = series or generate_uid()
+  for k, position in enumerate(positions):
+    d = pydicom.Dataset()
+    d.file_meta = FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    d.SOPClassUID = d.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    d.SOPInstanceUID = d.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    d.SeriesInstanceUID, d.Modality = series, "CT"
+    d.Rows, d.Columns, d.PixelSpacing, d.SliceThickness = 5, 4, [2.0, 1.5], 3.0
+    d.ImageOrientationPatient, d.ImagePositionPatient = list(orientation), list(position)
+    d.BitsAllocated = d.BitsStored = 16
+    d.HighBit, d.PixelRepresentation, d.SamplesPerPixel = 15, 1, 1
+    d.PhotometricInterpretation = "MONOCHROME2"
+    d.RescaleSlope, d.RescaleIntercept = 2 + k, -1000
+    for name, value in fields.items():
+      setattr(d, name, value[k] if isinstance(value, list) else value)
+    d.PixelData = (100 * k + np.arange(20, dtype=np.int16)).tobytes()
+    d.save_as(folder / f"{(7 * k) % 11:02d}.dcm", enforce_file_format=True)
+  return folder
+
+
+def test_dicom_series_is_sorted_rescaled_and_placed(tmp_path):
+  folder = dicom_series(tmp_path / "ct", [(10, 20, -30 + 3 * k) for k in range(4)])
+  (folder / "notes.txt").write_text("no image")
+  volume = read(folder)
+  assert volume.array.shape == (4, 5, 4)
+  assert volume.array[1, 2, 3] == (300 + 9) * 5 - 1000  # column 1, row 2 of slice 3, slope 5
+  np.testing.assert_allclose(volume.affine, [
+    [-1.5, 0, 0, -10], [0, -2, 0, -20], [0, 0, 3, -30], [0, 0, 0, 1]], atol=1e-9)
+
+
+def test_gantry_tilt_stays_a_shear_and_is_straightened_for_the_model(tmp_path):
+  c, s = np.cos(0.3), np.sin(0.3)
+  folder = dicom_series(tmp_path / "ct", [(0, 0, 3 * k) for k in range(6)], (1, 0, 0, 0, c, -s))
+  volume = read(folder)
+  axes = volume.affine[:3, :3] / volume.spacing
+  assert abs(axes[:, 1] @ axes[:, 2]) == pytest.approx(s, abs=1e-6)
+  shape, affine = grids.model_grid(volume)
+  straight = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(0))
+  np.testing.assert_allclose(straight.T @ straight, np.eye(3), atol=1e-9)
+  assert shape[2] == 6 and shape[1] > 5  # the planes stay, the stack needs more rows
+  known = Volume(smooth(volume.array.shape, volume.affine), volume.affine)
+  there = grids.inside(known.array.shape, known.affine, shape, affine)
+  placed = grids.resample(known, shape, affine)
+  inner = there.copy()
+  for axis in range(3):  # half a voxel at the edge repeats the edge
+    inner &= np.roll(there, 1, axis) & np.roll(there, -1, axis)
+  inner[:, [0, -1]] = inner[[0, -1]] = False
+  assert inner.sum() > 5
+  np.testing.assert_allclose(placed[inner], smooth(shape, affine)[inner], atol=1e-3)
+
+
+def test_series_of_two_thicknesses_is_interpolated(tmp_path):
+  z = [0, 3, 6, 9, 15, 21]
+  folder = dicom_series(tmp_path / "ct", [(0, 0, v) for v in z], RescaleSlope=1,
+                        SliceThickness=[3, 3, 3, 3, 6, 6])
+  with pytest.warns(ImageWarning, match="interpolated to 3.00 mm"):
+    volume = read(folder)
+  assert volume.array.shape == (4, 5, 8)
+  np.testing.assert_allclose(volume.array[0, 0] + 1000, [0, 100, 200, 300, 350, 400, 450, 500])
+
+
+@pytest.mark.parametrize("change, says", [
+  ({"positions": [(0, 0, 0), (0, 0, 3), (0, 0, 9), (0, 0, 12)]}, "missing slices"),
+  ({"positions": [(0, 0, 0), (0, 0, 3), (0, 0, 3), (0, 0, 6)]}, "same place"),
+  ({"positions": [(0, 0, 0), (0, 0, 3), (0, 0, 6.5), (0, 0, 9.5)]}, "unevenly spaced"),
+  ({"positions": [(0, 0, 0), (4, 0, 3), (0, 0, 6), (4, 0, 9)]}, "one line"),
+  ({"SamplesPerPixel": 3}, "colour"),
+  ({"NumberOfFrames": 2}, "multi-frame"),
+  ({"Rows": [5, 5, 4, 5]}, "differs from the other slices"),
+  ({"BitsAllocated": [16, 16, 32, 16]}, "damaged or truncated")])
+def test_dicom_refusals(tmp_path, change, says):
+  positions = change.pop("positions", [(0, 0, 3 * k) for k in range(4)])
+  folder = dicom_series(tmp_path / "ct", positions, **change)
+  with pytest.raises(UserError, match=says) as error:
+    read(folder)
+  assert str(folder) in str(error.value)
+
+
+def test_folder_without_or_with_several_series(tmp_path):
+  (tmp_path / "none").mkdir()
+  with pytest.raises(UserError, match="no DICOM image"):
+    read(tmp_path / "none")
+  folder = dicom_series(tmp_path / "two", [(0, 0, 0), (0, 0, 3)])
+  other = dicom_series(tmp_path / "other", [(0, 0, 0), (0, 0, 3)])
+  shutil.copy(next(other.iterdir()), folder / "other.dcm")
+  with pytest.raises(UserError, match="2 DICOM series"):
+    read(folder)
+
+
+# --- grids -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes, signs", [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1)),
+                                         ((1, 2, 0), (-1, -1, 1))])
+def test_canonical_is_exact_and_keeps_every_voxels_place(axes, signs):
+  turn = rotation(0.1, 0.05, -0.1)[:, list(axes)] * np.array(signs)
+  affine = affine_of((1, 2, 3), turn, (4, 5, 6))
+  result = grids.canonical(Volume(ARRAY, affine))
+  assert nib.aff2axcodes(result.affine) == ("R", "A", "S")
+  here = {tuple(np.round((affine @ [*i, 1])[:3], 4)): v for i, v in np.ndenumerate(ARRAY)}
+  for i, v in np.ndenumerate(result.array):
+    assert here[tuple(np.round((result.affine @ [*i, 1])[:3], 4))] == v
+
+
+@pytest.mark.parametrize("affine", [OBLIQUE, SHEARED], ids=["oblique", "sheared"])
+def test_resampling_is_exact_for_linear_images(affine):
+  volume = Volume(smooth((20, 18, 12), affine), affine)
+  shape = (9, 8, 7)
+  target = affine_of((1.1, 0.9, 1.3), rotation(0.2, 0.1, 0.0))
+  centre = affine @ [10, 9, 6, 1]
+  target[:3, 3] += (centre - target @ [4, 3.5, 3, 1])[:3]
+  np.testing.assert_allclose(grids.resample(volume, shape, target), smooth(shape, target),
+                             atol=2e-3)
+
+
+def test_equal_lattices_give_equal_values_in_any_orientation():
+  flipped = affine_of((1, 1, 1), np.diag([-1, 1, -1]), (6, 0, 4.001))
+  volume = Volume(ARRAY, flipped)
+  result = grids.resample(volume, (9, 6, 5), affine_of(origin=(-1, 0, 0)), fill=-5)
+  np.testing.assert_array_equal(result[1:8], ARRAY[::-1, :, ::-1])
+  assert (result[[0, 8]] == -5).all()
+  mask = Volume(ARRAY > 0, flipped)
+  np.testing.assert_array_equal(
+    grids.resample(mask, (7, 6, 5), affine_of(), order=0, fill=False), (ARRAY > 0)[::-1, :, ::-1])
+
+
+def test_downsampling_averages_and_stays_in_range():
+  fine = RNG.normal(size=(40, 40, 4)).astype(np.float32)
+  coarse = grids.model_grid(Volume(fine, np.eye(4)), (4, 4, 1))
+  assert coarse[0] == (10, 10, 4)
+  np.testing.assert_allclose(coarse[1] @ [-0.5, -0.5, 0, 1], [-0.5, -0.5, 0, 1])  # same extent
+  result = grids.resample(Volume(fine, np.eye(4)), *coarse)
+  assert result.std() < 0.4 * fine.std()  # noise of 4 x 4 voxels is averaged, not picked
+  slight = grids.resample(Volume(fine, np.eye(4)), *grids.model_grid(Volume(fine, np.eye(4)),
+                                                                     (1.4, 1, 1)))
+  assert slight.std() > 0.6 * fine.std()  # no smoothing up to 1.5
+  assert result.min() >= fine.min() and result.max() <= fine.max()
+
+
+def test_inside_reaches_half_a_voxel_beyond_the_centres():
+  fine = affine_of((0.5, 1, 1), origin=(-1.25, 0, 0))
+  there = grids.inside((3, 2, 2), np.eye(4), (12, 2, 2), fine)[:, 0, 0]
+  places = -1.25 + 0.5 * np.arange(12)
+  np.testing.assert_array_equal(there, (places > -0.5) & (places < 2.5))
+
+
+def test_model_grid_keeps_an_oblique_lattice_and_respaces_about_the_centre():
+  volume = Volume(ARRAY, OBLIQUE)
+  shape, affine = grids.model_grid(volume)
+  assert (shape, affine.tolist()) == (grids.canonical(volume).array.shape,
+                                      grids.canonical(volume).affine.tolist())
+  new, wider = grids.model_grid(volume, (2, 0, 1))
+  np.testing.assert_allclose(np.sqrt((wider[:3, :3] ** 2).sum(0)), [2, volume.spacing[1], 1])
+  middle = [*((n - 1) / 2 for n in new), 1]
+  np.testing.assert_allclose(wider @ middle, affine @ [*((n - 1) / 2 for n in shape), 1])
+
+
+@pytest.mark.parametrize("size", [(4, 9, 0), (10, 6, 2)])
+def test_fit_to_crops_and_pads_about_the_centre(size):
+  shape, affine = grids.fit_to(ARRAY.shape, OBLIQUE, size)
+  assert shape == tuple(s or n for s, n in zip(size, ARRAY.shape, strict=True))
+  moved = np.linalg.solve(OBLIQUE, affine)[:3, 3]
+  np.testing.assert_allclose(moved, [(n - s) // 2 for n, s in zip(ARRAY.shape, shape, strict=True)],
+                             atol=1e-9)
+  np.testing.assert_allclose(np.linalg.solve(OBLIQUE, affine)[:3, :3], np.eye(3), atol=1e-9)
