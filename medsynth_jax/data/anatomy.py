@@ -100,14 +100,14 @@ def _soft(distance, width=STEP):
 
 def _stamp(canvas, centre, reach, distance):
   """Draws max(canvas, share inside) of one small object, given its signed-distance function."""
-  low = np.maximum(np.floor(centre - reach).astype(int), 0)
-  high = np.minimum(np.ceil(centre + reach).astype(int) + 1, canvas.shape)
-  if np.any(low >= high):
+  bounds = [(max(int(c - reach), 0), min(int(c + reach) + 2, n))
+            for c, n in zip(centre, canvas.shape, strict=True)]
+  if any(low >= high for low, high in bounds):
     return
-  window = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-  offsets = [(np.arange(a, b) - c) * STEP for a, b, c in zip(low, high, centre, strict=True)]
-  share = _soft(distance(*np.meshgrid(*offsets, indexing="ij", sparse=True)))
-  canvas[window] = np.maximum(canvas[window], share)
+  x, y, z = ((np.arange(low, high, dtype=np.float32) - np.float32(c)) * STEP
+             for (low, high), c in zip(bounds, centre, strict=True))
+  window = canvas[tuple(slice(*b) for b in bounds)]
+  np.maximum(window, _soft(distance(x[:, None, None], y[:, None], z)), out=window)
 
 
 def _draw_blob(rng, canvas, centre, radius):
@@ -118,6 +118,11 @@ def _draw_blob(rng, canvas, centre, radius):
     np.sqrt((x / axes[0]) ** 2 + (y / axes[1]) ** 2 + (z / axes[2]) ** 2) - 1) * radius)
 
 
+@functools.cache
+def _cumulative(where):
+  return np.cumsum(atlas().density[where].ravel(), dtype=np.float64)
+
+
 def _draw_abnormalities(seed):
   """Coverage maps on the canvas, one a kind."""
   a, maps = atlas(), {}
@@ -125,7 +130,7 @@ def _draw_abnormalities(seed):
   for name, ((least, rest), radii, where) in ABNORMAL.items():
     rng = stream(seed, name)
     maps[name] = np.zeros(a.gm.shape, np.float32)
-    cumulative = np.cumsum(a.density[where].ravel(), dtype=np.float64)
+    cumulative = _cumulative(where)
     for _ in range(least + rng.poisson(rest)):
       flat = np.searchsorted(cumulative, rng.random() * cumulative[-1])
       centre = np.array(np.unravel_index(flat, a.gm.shape), float)
