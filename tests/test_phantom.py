@@ -2,7 +2,11 @@
 
 import csv
 import gzip
+import os
+import subprocess
+import sys
 from importlib import resources
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -132,14 +136,20 @@ def _without(body, name):
   return {k: np.zeros_like(v) if k == name else v for k, v in body.abnormal.items()}
 
 
-@pytest.mark.parametrize("name", scanner.SHOWS)
-def test_abnormal_tissue_shows_in_its_modalities_alone(name):
+MR = {"t1", "t1c", "t2", "pd", "flair"}
+
+
+@pytest.mark.parametrize("name, shown", [
+  ("lesion", {"t2", "flair"}), ("enhancing", {"t1c", "cta"}), ("hot_focus", {"pet"}),
+  ("cold_focus", {"pet"}), ("hot_focus_sign", MR | {"pet"}), ("cold_focus_sign", MR | {"pet"}),
+])
+def test_abnormal_tissue_shows_in_its_modalities_alone(name, shown):
   body = anatomy.anatomy(7, (48, 56, 48))
   assert body.abnormal[name].max() > 0.3
   for modality in scanner.MODALITIES:
     images = [scanner.noise_free(body, modality, covers, 7, scanner.SCANNERS[0])
               for covers in (body.abnormal, _without(body, name))]
-    assert np.array_equal(*images) == (modality not in scanner.SHOWS[name]), modality
+    assert np.array_equal(*images) == (modality not in shown), modality
 
 
 def test_ceiling_replaces_what_the_source_cannot_show(everything):
@@ -295,3 +305,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
   with pytest.raises(UserError, match="no simulated data set"):
     phantom.write(tmp_path, n_subjects=1, spacing=(8, 8, 8))
   assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_dead_worker_is_one_clear_line_and_leaves_nothing(tmp_path):
+  script = tmp_path / "unguarded.py"
+  script.write_text("from medsynth_jax.data import phantom\n"
+                    "phantom.write('data', n_subjects=2, spacing=(8, 8, 8), workers=2)\n")
+  done = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True,
+                        env={**os.environ, "PYTHONPATH": str(Path(phantom.__file__).parents[2])})
+  assert done.returncode and "__name__ == '__main__'" in done.stderr.splitlines()[-1]
+  assert [p.name for p in tmp_path.iterdir()] == ["unguarded.py"]

@@ -10,7 +10,6 @@ displacements.py.
 
 from __future__ import annotations
 
-import concurrent.futures
 import csv
 import gzip
 import json
@@ -18,6 +17,8 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,8 +251,13 @@ def _write_subjects(part, recipe, workers):
     return list(tqdm(map(_write_one, jobs), **bar))
   # spawn: the caller may hold JAX's threads, which a forked process would inherit half dead
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-    return list(tqdm(pool.map(_write_one, jobs), **bar))
+  try:
+    with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+      return list(tqdm(pool.map(_write_one, jobs), **bar))
+  except BrokenProcessPool as error:
+    raise UserError(
+      f"simulated data: one of {workers} worker processes died: too little memory, or a script "
+      "that is not guarded by `if __name__ == '__main__':`; use workers=1") from error
 
 
 def _present(recipe, index):
