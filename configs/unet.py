@@ -7,7 +7,7 @@ def get_config(variant: str = ""):
   config = common.single("regression", common.base())
   config.loss = "l1"
   config.generator = {"name": "unet", "channels": (64, 128, 256, 512, 1024), "dropout": 0.0}
-  return common.choose(config, variant, {"": laptop, "paper": paper, "test": common.tiny})
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
 
 
 def laptop(config):
@@ -21,3 +21,8 @@ def paper(config):
   config.optim.update(lr=2e-4, weight_decay=1e-2, schedule="cosine")
   config.validate_every = 2000
   config.dtype = "bfloat16"
+
+
+def test(config):
+  common.tiny(config)
+  config.generator.channels = (4, 8)

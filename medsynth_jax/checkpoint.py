@@ -91,18 +91,18 @@ def load_frozen(stage_folder: Path, shapes: dict[str, State]) -> dict[str, State
 
 
 def load_state(stage_folder: Path, shape: State, which: str = "best") -> tuple[State, int]:
-  """(state, step) of a finished or running stage; `which` is "best" or "latest".
+  """(state without frozen ones, step) of a stage; `which` is "best" or "latest".
 
   Raises:
     UserError: the stage has no checkpoint.
   """
   if not (Path(stage_folder) / "checkpoints").is_dir():
-    raise UserError(f"{stage_folder}: no checkpoint; train with `python -m medsynth_jax.main` first")
+    raise UserError(f"{stage_folder}: no checkpoint; train with `python -m medsynth_jax.main`")
   with Checkpoints(stage_folder) as checkpoints:
     step = checkpoints.best() if which == "best" else checkpoints.latest()
     if step is None:
       raise UserError(f"{stage_folder}: no checkpoint yet; let the training run to its first save")
-    return checkpoints.restore(step, shape), step
+    return checkpoints.restore(step, shape.replace(frozen={})), step
 
 
 def write_text(path: Path, text: str) -> None:

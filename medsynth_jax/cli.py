@@ -1,10 +1,11 @@
-"""How every command starts and fails: flags, one clear line for a user's mistake, exit status 2."""
+"""How every command starts and fails: flags, and one clear line for a user's mistake."""
 
 import logging
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging as absl_logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from medsynth_jax.errors import UserError
@@ -31,7 +32,7 @@ def quiet() -> None:
   logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def define_config(default: str | None = None) -> config_flags.ConfigFlag:
+def define_config(default: str | None = None) -> flags.FlagHolder:
   """The flag `--config=configs/NAME.py[:variant]` and its `--config.field=value`."""
   return config_flags.DEFINE_config_file(
     "config", default, "Config file and variant, as configs/pix2pix.py:paper;"

@@ -48,7 +48,7 @@ def base(**fields) -> ConfigDict:
       "missing": "skip",       # a case that lacks a source: "skip", or "zero" (a presence channel)
       "threads": 4, "prefetch": 2,
       "augment": {"flip": False, "rotate": 0.0, "shift": 0.0, "scale": 0.0, "zoom": 1.0},
-      "simulated": {"n_subjects": 20, "seed": 0, "spacing": 2.0, "permute": False},
+      "simulated": {"n_subjects": 20, "seed": 0, "spacing": 2.0, "folds": 0, "permute": False},
     },
     "mesh": {"fsdp": 1},       # devices over which parameters are split
     "log_every": 25,

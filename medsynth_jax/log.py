@@ -37,15 +37,19 @@ class Log:
   def advance(self) -> None:
     self._bar.update()
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Appends a line to train.jsonl and points to TensorBoard; shows the speed in the bar."""
-    if not self.writes:
-      return
+  def training(self, step: int, values: dict[str, float]) -> None:
+    """Logs a training step's metrics with the speed since the last ones."""
     now, (then, before) = time.perf_counter(), self._last
     if step > before:
       values = {**values, "images_per_second": (step - before) * self._per_step / (now - then)}
       self._last = (now, step)
-      self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+    self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+    self.scalars(step, values)
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """Appends a line to train.jsonl and points to TensorBoard."""
+    if not self.writes:
+      return
     with self.path.open("a") as file:
       file.write(json.dumps({"step": step, **values}) + "\n")
     for name, value in values.items():

@@ -30,7 +30,7 @@ PIXEL = {"l1": l1, "l2": l2}
 
 
 def outside_background(image: jax.Array, valid: jax.Array) -> jax.Array:
-  """The image, -1 outside the field of view: a discriminator sees the same there in real and fake."""
+  """The image, -1 outside the field of view: there a discriminator sees real and fake alike."""
   return jnp.where(valid > 0, image, -1.0)
 
 

@@ -1,4 +1,4 @@
-"""Optimisers as optax chains: clipping, Adam, learning-rate schedule, moving average, accumulation."""
+"""Optimisers as optax chains: clipping, Adam, schedule, moving average, accumulation."""
 
 import jax
 import jax.numpy as jnp

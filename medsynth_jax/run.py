@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from medsynth_jax import checkpoint, sharding
 from medsynth_jax import config as configs
 from medsynth_jax.contract import Method, State, create, served
-from medsynth_jax.data.dataset import Info, load_info
+from medsynth_jax.data.dataset import Info, load_info, save_info
 from medsynth_jax.data.examples import Task, make_task
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.errors import UserError
@@ -103,4 +103,33 @@ def open_run(folder: str | Path) -> Run:
   """Opens RUN; needs nothing outside it. UserError where it is no run folder."""
   folder = Path(folder)
   config = ConfigDict(checkpoint.read_config(folder))
+  config.mesh.fsdp = 1  # the machine that trained may have had more devices
   return build(config, load_info(folder), folder)
+
+
+def start(config: ConfigDict, info: Info, folder: Path) -> Run:
+  """Makes RUN with config.json and dataset.json, or goes on with the one that is there.
+
+  Raises:
+    UserError: RUN belongs to another config or data set, or holds something else.
+  """
+  run = build(config, info, folder)
+  if (folder / "config.json").exists():
+    changed = configs.differences(checkpoint.read_config(folder), config)
+    if changed:
+      raise UserError(f"{folder} is the run of another config ({'; '.join(changed)});"
+                      " choose another --workdir")
+    if load_info(folder).hash != info.hash:
+      raise UserError(f"{folder} was trained on another data set than {config.data.dir or 'data'}"
+                      " (their hashes differ); choose another --workdir")
+  elif jax.process_index() == 0:
+    stray = [p.name for p in folder.iterdir() if p.name not in ("data", "scans")] \
+      if folder.exists() else []
+    if stray:
+      raise UserError(f"{folder} holds other files ({', '.join(sorted(stray)[:3])}) and no"
+                      " config.json; choose an empty or new --workdir")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_info(info, folder / "dataset.json")
+  if jax.process_index() == 0:
+    checkpoint.write_text(folder / "config.json", configs.to_json(config))
+  return run

@@ -52,12 +52,16 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
     step = int(state.step)
     if step >= section.steps:
       return
+    take = _compiled(method, state, run, section.batch_size)
     log = Log(folder, stage, step, section.steps, section.batch_size, jax.process_index() == 0)
     validate = _Validation(run, store, stage, log)
-    take = _compiled(method, state, run, section.batch_size)
     metrics = pending = None
 
     def save():
+      nonlocal pending
+      if pending:
+        log.training(pending[0], _check(pending[1], pending[0], folder))
+        pending = None
       if metrics is not None:
         _check(metrics, step, folder)
       saved.save(step, state, batches, validate(state, step))
@@ -77,11 +81,9 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
         state, metrics = take(state, next(batches))
         step += 1
         if pending:  # fetched while the device works on the next step
-          log.scalars(pending[0], _check(pending[1], pending[0], folder))
+          log.training(pending[0], _check(pending[1], pending[0], folder))
         pending = (step, metrics) if step % run.config.log_every == 0 else None
         log.advance()
-      if pending:
-        log.scalars(step, _check(metrics, step, folder))
       save()
       saved.wait()
 
@@ -175,7 +177,8 @@ class _Validation:
     count = len(arrays["mask"])
     share = max(1, config.validation_slices // len(self.pairs))
     inside = np.flatnonzero(arrays["mask"].any((1, 2)))
-    numbers = inside[np.unique(np.linspace(0, len(inside) - 1, min(share, len(inside))).astype(int))]
+    spread = np.linspace(0, len(inside) - 1, min(share, len(inside)))
+    numbers = inside[np.unique(spread.astype(int))]
     if len(run.task.size) == 3:
       numbers = np.arange(count)
     source = case_source(arrays, case, run.task, run.info)

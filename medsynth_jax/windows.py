@@ -1,4 +1,4 @@
-"""Whole volumes through a network of fixed size: slices or overlapping windows in jitted batches."""
+"""Whole volumes through a network of fixed size: slices or windows in jitted batches."""
 
 import collections
 import itertools
@@ -18,7 +18,7 @@ def starts(length: int, size: int, overlap: float) -> list[int]:
   if length <= size:
     return [-((size - length) // 2)]
   count = int(np.ceil((length - size) / (size * (1 - overlap)))) + 1
-  return [int(s) for s in np.round(np.linspace(0, length - size, count))]
+  return sorted({int(s) for s in np.round(np.linspace(0, length - size, count))})
 
 
 def blending(size: tuple[int, ...], counts: tuple[int, ...]) -> np.ndarray:
@@ -74,7 +74,10 @@ def synthesise(predict: Callable, state, source: np.ndarray, task: Task, *, sour
   size = task.size if deep else (1, *task.size)
   jobs = list(_windows(source, task, overlap))
   if numbers is not None and not deep:
-    jobs = [job for job in jobs if job[1] in set(int(n) for n in numbers)]
+    wanted = set(int(n) for n in numbers)
+    jobs = [job for job in jobs if job[1] in wanted]
+  if not jobs:
+    return np.full((*source.shape[:3], 1), BACKGROUND, np.float32)
   counts = tuple(len({job[0][axis] for job in jobs}) for axis in range(3))
   weight = blending(size, counts if deep else (1, *counts[1:]))
   total = mass = None

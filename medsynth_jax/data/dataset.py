@@ -1,4 +1,4 @@
-"""The data set on disk: `dataset.json` (Info) and TFDS array_record shards (Store), one record a slice.
+"""The data set on disk: `dataset.json` (Info) and TFDS array_record shards (Store).
 
 Layout of a data set folder:
 
@@ -6,15 +6,17 @@ Layout of a data set folder:
   records/1.0.0/      TFDS array_record shards, one TFDS split per data split
   cases.csv, qc.png   the table that was read, and the sheet to look at
 
-A record holds the physical values of every modality of one slice as uint16 with a slope and an
+A record is a slice. It holds the physical values of every modality of one slice as uint16 with a slope and an
 intercept per volume (as NIfTI stores them; the error is at most 1/131070 of the volume's own
 range), the field of view of each modality as bits of `valid`, and the body mask and the named
 regions as bits of `regions`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -156,7 +158,7 @@ def save_info(info: Info, path: Path) -> None:
 
 
 def load_info(folder: str | os.PathLike) -> Info:
-  """Reads `dataset.json` of a data set or run folder; UserError if it is absent or of another format."""
+  """Reads `dataset.json` of a data set or run folder; UserError if absent or of another format."""
   path = Path(folder) / "dataset.json"
   if not path.is_file():
     raise UserError(f"{folder}: no dataset.json, so this is no data set; make one with"
@@ -172,7 +174,8 @@ def load_info(folder: str | os.PathLike) -> Info:
 
 
 def _info(raw: dict[str, Any]) -> Info:
-  modalities = {n: Modality(**{**m, "source": tuple(m["source"]), "typical": Scaling(**m["typical"])})
+  modalities = {n: Modality(**{**m, "source": tuple(m["source"]),
+                               "typical": Scaling(**m["typical"])})
                 for n, m in raw["modalities"].items()}
   cases = tuple(_case(c) for c in raw["cases"])
   return Info(**{**raw, "modalities": modalities, "cases": cases, "rois": tuple(raw["rois"]),
@@ -208,7 +211,8 @@ def dequantise(stored: np.ndarray, image: Image) -> np.ndarray:
   return stored.astype(np.float32) * np.float32(image.slope) + np.float32(image.intercept)
 
 
-def write_records(folder: Path, info: Info, read: Callable[[int], Mapping[str, np.ndarray]]) -> None:
+def write_records(folder: Path, info: Info,
+                  read: Callable[[int], Mapping[str, np.ndarray]]) -> None:
   """Writes the array_record shards of all cases, in order, holding one case in memory.
 
   `read(volume)` gives {modality: uint16 [n, H, W] for those present, "valid": uint32 [n, H, W],
@@ -225,7 +229,7 @@ def write_records(folder: Path, info: Info, read: Callable[[int], Mapping[str, n
     "volume": np.int32, "slice": np.int32, "valid": plane(np.uint32), "regions": plane(np.uint32),
     **{n: plane(np.uint16) for n in names}})
 
-  class Records(tfds.core.GeneratorBasedBuilder):
+  class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """One record a slice, in the order of dataset.json."""
     VERSION = tfds.core.Version("1.0.0")
     name = "records"
@@ -247,7 +251,8 @@ def write_records(folder: Path, info: Info, read: Callable[[int], Mapping[str, n
             **{n: arrays[n][k] if n in arrays else absent for n in names}}
 
   builder = Records(data_dir=str(folder), file_format="array_record")
-  builder.download_and_prepare()
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    builder.download_and_prepare()  # it would tell of downloads, of which there are none
   shutil.rmtree(folder / "downloads", ignore_errors=True)  # TFDS makes it, always empty here
 
 

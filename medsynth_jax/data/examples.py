@@ -68,7 +68,7 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
     raise UserError(f"data.size={','.join(map(str, size))} is not divisible by {factor}, which the"
                     f" network needs; use {good}")
   if data.context < 0 or (data.context and len(size) == 3):
-    raise UserError(f"data.context={data.context}: neighbouring slices are for 2-D sizes, 0 or more")
+    raise UserError(f"data.context={data.context}: neighbouring slices are 0 or more, in 2-D only")
   return Task(sources, targets, size, data.context, data.missing == "zero")
 
 

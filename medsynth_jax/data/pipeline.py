@@ -57,7 +57,7 @@ def training_index(info: Info, task: Task, exclude_fold: int = -1) -> np.ndarray
   """
   rows, cases = [], 0
   for case in info.split("train"):
-    if case.fold == exclude_fold:
+    if exclude_fold >= 0 and case.fold == exclude_fold:
       continue
     for number, target in enumerate(task.targets):
       if usable(case, task, target):

@@ -1,0 +1,28 @@
+"""Attention U-Net regression with L1 (Oktay et al. 2018), a baseline of S1's comparison."""
+
+from medsynth_jax import config as common
+
+
+def get_config(variant: str = ""):
+  config = common.single("regression", common.base())
+  config.loss = "l1"
+  config.generator = {"name": "att_unet", "channels": (64, 128, 256, 512, 1024), "dropout": 0.0}
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
+
+
+def laptop(config):
+  config.steps, config.batch_size = 1000, 8
+  config.generator.channels = (16, 32, 64, 128)
+  config.optim.update(lr=1e-3, schedule="cosine", ema=0.995)
+
+
+def paper(config):
+  config.steps, config.batch_size = 100_000, 16
+  config.optim.update(lr=2e-4, weight_decay=1e-2, schedule="cosine")
+  config.validate_every = 2000
+  config.dtype = "bfloat16"
+
+
+def test(config):
+  common.tiny(config)
+  config.generator.channels = (4, 8)

@@ -1,0 +1,64 @@
+"""Trains a config's stages on a data set, then evaluates on its test subjects.
+
+python -m medsynth_jax.main --config=configs/pix2pix.py --config.data.dir=DATA --workdir=RUN
+
+The same command continues an interrupted run. Without `data.dir` the built-in simulated data set
+is made in RUN/data first.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from medsynth_jax import builtin, cli, evaluate, run, train
+from medsynth_jax.data.dataset import Store
+from medsynth_jax.errors import UserError
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (made if absent).")
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of process 0, for runs of several processes without a cluster"
+  " manager (on SLURM and TPU pods: 'auto').")
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+PROCESS = flags.DEFINE_integer("process", None, "This process's number, with --coordinator.")
+EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate on the test subjects after training.")
+
+
+def start_devices() -> None:
+  """Joins the other processes, if asked, and keeps compiled code between runs."""
+  if COORDINATOR.value == "auto":
+    jax.distributed.initialize()
+  elif COORDINATOR.value:
+    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  if not jax.config.jax_compilation_cache_dir:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "medsynth_jax" / "xla"))
+
+
+def main(argv: list[str]) -> int | None:
+  del argv
+  if CONFIG.value is None or WORKDIR.value is None:
+    raise UserError("give --config=configs/NAME.py and --workdir=RUN")
+  start_devices()
+  workdir, config = Path(WORKDIR.value), CONFIG.value
+  data = Path(config.data.dir) if config.data.dir else builtin.make(config, workdir)
+  store = Store(data)
+  here = run.start(config, store.info, workdir)
+  print(f"{here.task.direction} -> {', '.join(here.task.targets)} on {data}: "
+        + ", ".join(f"{len(store.info.split(s))} {s}" for s in ("train", "validation", "test"))
+        + f" cases; {jax.device_count()} {jax.default_backend()} device(s)", flush=True)
+  try:
+    train.train(here, store)
+  except train.Interrupted as message:
+    print(message, file=sys.stderr)
+    return 130
+  if EVALUATE.value and jax.process_index() == 0:
+    print(evaluate.evaluate(here, store))
+  return None
+
+
+if __name__ == "__main__":
+  cli.run(main)
