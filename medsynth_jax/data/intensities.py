@@ -171,8 +171,8 @@ def foreground(array: np.ndarray, kind: str, field: np.ndarray | None = None) ->
   CT: above -500 HU. PET: above 2 % of the 98th percentile of positive voxels. MR: above the
   threshold between noise and tissue, at 10 to 20 % of the 98th percentile (10 % as in BET: Smith,
   Hum Brain Mapp 2002; more where Otsu's threshold of the logarithm says that noise is strong). But
-  where the background was cut away (the voxels along the border of `field` are tissue) all of
-  `field`, the voxels that are no border-connected fill (`masks.field_of_view`).
+  where the background was cut away (a stripped brain: fill all around, and what meets it is
+  tissue) all of `field`, the voxels that are no border-connected fill (`masks.field_of_view`).
   """
   if kind == "ct":
     return array > -500
@@ -187,12 +187,19 @@ def foreground(array: np.ndarray, kind: str, field: np.ndarray | None = None) ->
   high = float(np.percentile(inner, 98)) - low
   if high <= 0:
     return array > low
-  if field is not None and field.mean() < 0.95:
+  if field is not None and _surrounded(field):
     rim = field & ndimage.binary_dilation(~field)
     if np.median(array[rim]) > low + 0.1 * high:
       return field.copy()
   split = float(np.exp(otsu(np.log((inner - low).clip(high / 1000, high)))))
   return array > low + np.clip(split, 0.1 * high, 0.2 * high)
+
+
+def _surrounded(field: np.ndarray) -> bool:
+  """Whether four fifths of the volume's faces lie outside the field of view."""
+  faces = [np.take(field, i, axis).ravel() for axis, n in enumerate(field.shape) if n > 2
+           for i in (0, -1)]
+  return bool(faces) and float(np.concatenate(faces).mean()) < 0.2
 
 
 def otsu(values: np.ndarray) -> float:
