@@ -54,7 +54,9 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
   with tqdm(total=total, desc="evaluate", unit="image", disable=jax.process_index() > 0) as bar:
     for stage in stages:
       _stage(scorer, stage, targets, results, bar.update)
-  text = report.table(results)
+  absent = [results.direction(t) for t in here.task.targets if t not in targets]
+  text = "\n".join([report.table(results), *(
+    f"\n{direction}: not scored, no {split} subject has both" for direction in absent)])
   if jax.process_index() == 0:
     _write(here, results, text, scorer.pictures)
   return text
@@ -138,9 +140,11 @@ class _Scorer:
 def _baselines(scorer: _Scorer, target: str, cases: list[Case], results: Results) -> int:
   """Adds the floor's rows and the ceiling's; returns the source channel that the tables look up."""
   info, task = scorer.info, scorer.task
+  training = tqdm([c for c in info.split("train") if usable(c, task, target)], desc="floor",
+                  unit="case", disable=jax.process_index() > 0)
   floor = floors.fit(
     ((v.source, v.reference, v.mask, info.spacing_of(v.case))
-     for v in (scorer.load(c, target) for c in info.split("train") if usable(c, task, target))),
+     for v in (scorer.load(case, target) for case in training)),
     channels=task.channels(info) // (2 * task.context + 1), common_grid=info.anatomical,
     direction=results.direction(target))
   ceiling = floors.has_ceiling(info, task, target, cases)

@@ -10,9 +10,13 @@ from medsynth_jax.data.examples import Task
 from medsynth_jax.errors import UserError
 from medsynth_jax.metrics.baselines import Floor
 
+CHOOSE = 8  # training volumes by which the source channel is chosen
+
 
 def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction: str) -> Floor:
   """The floor of the training volumes; its tables read the source channel that tells most.
+
+  The channel is chosen by the first CHOOSE volumes.
 
   A CT has a channel for each of its windows, and a table over all of -1024..3071 HU would see all
   soft tissue as one bin: a floor too easily passed.
@@ -26,21 +30,24 @@ def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction
     UserError: no training voxel.
   """
   fitted = [Floor(common_grid and i == 0, channel=i) for i in range(channels)]
-  for volume in volumes:
+  for number, volume in enumerate(volumes):
+    if number == CHOOSE:
+      fitted = [_best(fitted)]
     for floor in fitted:
       floor.add(*volume)
   if not fitted[0].lut.count.sum():
     raise UserError(f"{direction}: no training subject has both inside its mask, so that the floor"
                     " of the table cannot be fitted; prepare the data set again")
-  best = max(fitted, key=_explained).fit()
+  return _best(fitted).fit()
+
+
+def _best(fitted: Sequence[Floor]) -> Floor:
+  """The floor whose lut2 explains most of the target's variance, with the mean image of all."""
+  def between(floor):
+    return (floor.lut2.total ** 2 / np.maximum(floor.lut2.count, 1)).sum()
+  best = max(fitted, key=between)
   best.image = fitted[0].image
   return best
-
-
-def _explained(floor: Floor) -> float:
-  """The sum of squares between the bins of lut2: the larger, the better the channel predicts."""
-  table = floor.lut2
-  return float((table.total ** 2 / np.maximum(table.count, 1)).sum())
 
 
 def identity(source: np.ndarray, shown: Mapping[str, np.ndarray], task: Task, info: Info,

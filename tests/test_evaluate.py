@@ -240,11 +240,15 @@ def test_lut_reads_the_channel_that_tells_most():
   rng = np.random.default_rng(0)
   source = rng.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
   target, mask = source[..., 1] ** 2, np.ones((4, 8, 8), bool)
-  floor = floors.fit([(source, target, mask, (1, 1, 1))], channels=3, common_grid=True,
-                     direction="a->b")
+  volumes = [(source, target, mask, (1, 1, 1))] * (floors.CHOOSE + 1)
+  floor = floors.fit(volumes, channels=3, common_grid=True, direction="a->b")
+  assert floor.lut.count.sum() == len(volumes) * mask.size
   rows = floor.predict(source, (1, 1, 1))
   assert floor.channel == 1 and np.abs(rows["lut"] - target).max() < 0.05
   np.testing.assert_allclose(rows["mean_image"], target, atol=1e-6)
+  with pytest.raises(UserError, match="a->b: no training subject"):
+    floors.fit([(source, target, ~mask, (1, 1, 1))], channels=3, common_grid=True,
+               direction="a->b")
 
 
 # --- above the floor, aggregation ------------------------------------------------------------
@@ -415,6 +419,21 @@ def test_no_test_subject(scored, data):
   without = dataclasses.replace(here, info=dataclasses.replace(here.info, cases=cases))
   with pytest.raises(UserError, match="no test subject has a and b"):
     evaluate.evaluate(without, Store(data))
+
+
+def test_target_that_no_test_subject_has_is_told(scored, data):
+  here, _ = scored
+  config = here.config.copy_and_resolve_references()
+  config.data.targets = "b,ceiling_b"
+  def without(case):
+    images = {m: x for m, x in case.images.items() if m != "ceiling_b" or case.split != "test"}
+    return dataclasses.replace(case, images=images)
+  info = dataclasses.replace(here.info, cases=tuple(map(without, here.info.cases)))
+  task = dataclasses.replace(here.task, targets=("b", "ceiling_b"))
+  one = dataclasses.replace(here, config=config, info=info, task=task)
+  text = evaluate.evaluate(one, Store(data, info), split="test")
+  assert text.endswith("a->ceiling_b: not scored, no test subject has both")
+  evaluate.evaluate(here, Store(data))  # what the other tests read
 
 
 def test_empty_mask_names_the_case(scored, data):
