@@ -74,7 +74,10 @@ def activation(name: str) -> Callable:
     return known[name]
   head, _, slope = name.rpartition("_")
   if head == "leaky_relu":
-    return partial(nn.leaky_relu, negative_slope=float(slope))
+    try:
+      return partial(nn.leaky_relu, negative_slope=float(slope))
+    except ValueError:
+      pass
   raise UserError(
     f"activation={name!r}: choose 'none', 'relu', 'leaky_relu_<slope>', 'silu' or 'tanh'"
   )
