@@ -42,14 +42,19 @@ def cut(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...]) -> np
   return np.pad(part, [*pads, (0, 0)], constant_values=BACKGROUND)
 
 
-def _windows(volume: np.ndarray, task: Task, overlap: float) -> Iterator[tuple[tuple, int]]:
+def _windows(shape: tuple[int, ...], task: Task, overlap: float) -> Iterator[tuple[tuple, int]]:
   """(start of the window [3], number of its slice) of every window of a volume."""
   size = task.size if len(task.size) == 3 else (1, *task.size)
-  along = [starts(n, s, overlap) for n, s in zip(volume.shape[:3], size, strict=True)]
+  along = [starts(n, s, overlap) for n, s in zip(shape[:3], size, strict=True)]
   if len(task.size) == 3:
     along[0] = [max(0, s) for s in along[0]]  # training pads a short volume at its end
   for start in itertools.product(*along):
     yield start, start[0]
+
+
+def count(shape: tuple[int, ...], task: Task, overlap: float = 0.25) -> int:
+  """Number of windows that `synthesise` makes of a volume [n, H, W, C]."""
+  return sum(1 for _ in _windows(shape, task, overlap))
 
 
 def synthesise(predict: Callable, state, source: np.ndarray, task: Task, *, source_modality: int,
@@ -72,7 +77,7 @@ def synthesise(predict: Callable, state, source: np.ndarray, task: Task, *, sour
   """
   deep = len(task.size) == 3
   size = task.size if deep else (1, *task.size)
-  jobs = list(_windows(source, task, overlap))
+  jobs = list(_windows(source.shape, task, overlap))
   if numbers is not None and not deep:
     wanted = set(int(n) for n in numbers)
     jobs = [job for job in jobs if job[1] in wanted]
