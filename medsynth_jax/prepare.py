@@ -86,8 +86,8 @@ def prepare(config: ConfigDict) -> Path:
     if full or "no space left" in str(error).lower():
       raise UserError(f"{partial}: the disk is full; free space and run the same command again,"
                       " it continues") from None
-    if isinstance(error, PermissionError):
-      raise UserError(f"{partial}: cannot be written (permission denied); choose another"
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+      raise UserError(f"{partial}: cannot be written ({error.strerror}); choose another"
                       " --config.out") from None
     raise
   print(summary(dataset.load_info(out), out))
@@ -137,8 +137,8 @@ def _words(text) -> tuple[str, ...]:
 def _workers(config: ConfigDict, table: Table) -> int:
   if config.workers < 0:
     raise UserError(f"config.workers: {config.workers}; give 0 or more")
-  return min(config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-             else config.workers or os.cpu_count() or 1, len(table.rows))
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return min(config.workers or cores or 1, len(table.rows))
 
 
 # --- what was done already -------------------------------------------------------------------

@@ -64,7 +64,8 @@ def test_body_follows_the_affine_to_the_axial_slices(torso):
 
 
 def test_table_is_no_matter_of_mr(torso):
-  limbs, lung, table, _ = torso
+  limbs, _, table, speck = torso
   assert body_mask(limbs[0] | table, "mr", SPACING)[table].all()
+  assert not body_mask(limbs[0] | speck, "mr", SPACING)[speck].any()
   assert body_mask(np.ones((5, 5, 5), bool), "ct", SPACING).all()
   assert not body_mask(np.zeros((5, 5, 5), bool), "ct", SPACING).any()

@@ -212,6 +212,8 @@ def test_other_content_is_refused(data, table, tmp_path):
     prepare(config_for(table, tmp_path / "full"))
   with pytest.raises(UserError, match="is a file"):
     prepare(config_for(table, table))
+  with pytest.raises(UserError, match="cannot be written"):
+    prepare(config_for(table, table / "data"))
 
 
 def test_changed_files_are_noticed(tmp_path):
@@ -239,7 +241,7 @@ def test_an_interrupted_run_continues(data, table, tmp_path, monkeypatch):
   monkeypatch.setattr(case_files, "make", lambda job: (made.append(job.row.subject), make(job)))
 
   def killed(*_):
-    (tmp_path / "data.partial" / "records" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "data.partial" / "records" / "0.9.0").mkdir(parents=True)
     raise KeyboardInterrupt
   records = dataset.write_records
   monkeypatch.setattr(dataset, "write_records", killed)
@@ -250,6 +252,7 @@ def test_an_interrupted_run_continues(data, table, tmp_path, monkeypatch):
   prepare(config)
   assert len(made) == 4 and not (tmp_path / "data.partial").exists()
   assert load_info(tmp_path / "data").hash == load_info(data).hash
+  assert [p.name for p in (tmp_path / "data" / "records").iterdir()] == ["1.0.0"]
 
 
 @pytest.mark.parametrize("where", ["case", "records", "array_record"])

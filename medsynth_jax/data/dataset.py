@@ -6,7 +6,7 @@ Layout of a data set folder:
   records/1.0.0/      TFDS array_record shards, one TFDS split per data split
   cases.csv, qc.png   the table that was read, and the sheet to look at
 
-A record is a slice. It holds the physical values of every modality of one slice as uint16 with a slope and an
+A record is a slice. It holds the physical values of every modality as uint16 with a slope and an
 intercept per volume (as NIfTI stores them; the error is at most 1/131070 of the volume's own
 range), the field of view of each modality as bits of `valid`, and the body mask and the named
 regions as bits of `regions`.
@@ -103,8 +103,8 @@ class Info:
   """A data set's description, a plain value: `dataset.json`.
 
   `plane` is the slice axis of the RAS+ arrays (0 sagittal, 1 coronal, 2 axial); `spacing` is the
-  median model-grid spacing in mm; `anatomical` says that one voxel is one place in all cases
-  (a common grid, or lesion-centred crops), which the `mean_image` baseline needs.
+  median model-grid spacing in mm along x, y, z; `anatomical` says that one voxel is one place in
+  all cases (a common grid, or lesion-centred crops), which the `mean_image` baseline needs.
   """
   name: str
   simulated: bool
