@@ -13,7 +13,7 @@ from PIL import Image as Picture
 from medsynth_jax import prepare as preparing
 from medsynth_jax.data import case, case_files, dataset, qc, volumes
 from medsynth_jax.data.dataset import Store, load_info
-from medsynth_jax.data.intensities import Scaling
+from medsynth_jax.data.intensities import Scaling, rules_for
 from medsynth_jax.errors import UserError
 from medsynth_jax.prepare import default_config, prepare
 
@@ -146,6 +146,17 @@ def test_a_new_scan_passes_the_same_functions(data, table):
   far.affine[:3, 3] += 1000
   with pytest.raises(UserError, match="no overlap"):
     case.prepare_source({"t1": volumes.read(path["t1.nii.gz"]), "ct": far}, store.info)
+
+
+def test_valid_needs_measured_voxels_only():
+  image = np.full((10, 10, 4), 500, np.float32)
+  image[:, :, 0] += 1
+  image[:4] = 0  # outside the field of view
+  scan = case.understand(volumes.Volume(image, np.eye(4)), rules_for("t1"))
+  finer = np.diag([0.5, 1, 1, 1])
+  placed = case.place(scan, (20, 10, 4), finer)
+  assert not placed.valid[:8].any() and placed.valid[8:].all()  # 3.5 is half fill
+  assert placed.foreground[8:].all()
 
 
 def test_options_of_the_grid(table, tmp_path):

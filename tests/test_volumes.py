@@ -119,7 +119,9 @@ def test_damaged_files_are_refused(tmp_path, extension, kind, says):
   assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_voxel_file_of_mhd_missing(tmp_path):
+def test_voxel_file_of_mhd_missing_or_short(tmp_path):
+  with pytest.raises(UserError, match="truncated, 4000 of 32000 bytes"):
+    read(_broken(tmp_path / "b.mhd", "truncated"))
   write(tmp_path / "a.mhd", ARRAY, OBLIQUE)
   (tmp_path / "a.raw").unlink()
   with pytest.raises(UserError, match="a.raw is missing"):

@@ -236,9 +236,9 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
   _check_data_file(path)
   try:
     image = sitk.ReadImage(str(path))
-  except RuntimeError as error:
-    raise UserError(f"{path}: damaged, truncated or not an image ({reason(error)});"
-                    " copy or export it again") from None
+  except RuntimeError:  # ITK's reason is often "No such file", whatever is wrong
+    raise UserError(f"{path}: damaged, truncated or not an image; copy or export it"
+                    " again") from None
   if image.GetNumberOfComponentsPerPixel() > 1:
     raise UserError(f"{path}: {image.GetNumberOfComponentsPerPixel()} channels a voxel (colour or"
                     " a vector field); give one channel")
@@ -246,7 +246,7 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_data_file(path: Path) -> None:
-  """Refuses a MetaImage whose voxels are fewer than its header says, which ITK would fill up."""
+  """Refuses a MetaImage without, or with too little of, its voxels, where ITK gives no reason."""
   if extension(path) not in (".mha", ".mhd"):
     return
   fields, size = {}, 0
