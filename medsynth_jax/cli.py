@@ -1,9 +1,12 @@
 """How every command starts and fails: flags, and one clear line for a user's mistake."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
@@ -17,6 +20,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if len(argv) > 1:
       raise UserError(f"unknown argument '{argv[1]}'; see --help")
     quiet()
+    keep_compiled_code()
     return main(argv)
   try:
     app.run(guarded, flags_parser=_parse)
@@ -30,6 +34,13 @@ def quiet() -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)
   logging.getLogger("orbax").setLevel(logging.WARNING)
   logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def keep_compiled_code() -> None:
+  """Compiled code is kept between commands, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
+  if not jax.config.jax_compilation_cache_dir:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "medsynth_jax" / "xla"))
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:

@@ -7,7 +7,6 @@ otherwise; another split goes to RUN/evaluation_<split>/.
 """
 
 import dataclasses
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +41,7 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
     UserError: another data set, no subject with both sides, an empty mask, no checkpoint.
   """
   _same_data(here, store)
-  targets = _targets(here, split)
+  targets = scored_cases(here, split)
   scorer = _Scorer(here, store, targets)
   results = Results(here.config, here.info, here.task.direction, split, which,
                     {t: scorer.scales[t] for t in targets},
@@ -68,8 +67,12 @@ def _same_data(here: Run, store: Store) -> None:
                     " hashes differ); give that one by --data=DATA")
 
 
-def _targets(here: Run, split: str) -> dict[str, list[Case]]:
-  """{target: cases of the split that have it and the sources}, without targets nobody has."""
+def scored_cases(here: Run, split: str) -> dict[str, list[Case]]:
+  """{target: cases of the split that have it and the sources}, without targets nobody has.
+
+  Raises:
+    UserError: there is none.
+  """
   found = {t: [c for c in here.info.split(split) if usable(c, here.task, t)]
            for t in here.task.targets}
   if not any(found.values()):
@@ -205,11 +208,9 @@ def _synthesise(here: Run, stage: str, predict, state, volume: _Volume, target: 
 
 def _windows(here: Run, case: Case) -> int:
   """Network inputs that a case is cut into."""
-  size = here.task.size if len(here.task.size) == 3 else (1, *here.task.size)
   plane = here.info.plane
   shape = (case.shape[plane], *np.delete(case.shape, plane))
-  return math.prod(len(windows.starts(int(n), s, here.config.synthesis.overlap))
-                   for n, s in zip(shape, size, strict=True))
+  return windows.count(shape, here.task, here.config.synthesis.overlap)
 
 
 # --- files and command -----------------------------------------------------------------------

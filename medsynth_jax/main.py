@@ -6,7 +6,6 @@ The same command continues an interrupted run. Without `data.dir` the built-in s
 is made in RUN/data first.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -27,26 +26,25 @@ PROCESS = flags.DEFINE_integer("process", None, "This process's number, with --c
 EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate on the test subjects after training.")
 
 
-def start_devices() -> None:
-  """Joins the other processes, if asked, and keeps compiled code between runs."""
+def join_processes() -> None:
+  """Joins the other processes of the run, if there are any; before any use of a device."""
   if COORDINATOR.value == "auto":
     jax.distributed.initialize()
   elif COORDINATOR.value:
     jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  if not jax.config.jax_compilation_cache_dir:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "medsynth_jax" / "xla"))
 
 
 def main(argv: list[str]) -> int | None:
   del argv
   if CONFIG.value is None or WORKDIR.value is None:
     raise UserError("give --config=configs/NAME.py and --workdir=RUN")
-  start_devices()
+  join_processes()
   workdir, config = Path(WORKDIR.value), CONFIG.value
   data = Path(config.data.dir) if config.data.dir else builtin.make(config, workdir)
   store = Store(data)
   here = run.start(config, store.info, workdir)
+  if EVALUATE.value:
+    evaluate.scored_cases(here, "test")  # told now, not after the training
   print(f"{here.task.direction} -> {', '.join(here.task.targets)} on {data}: "
         + ", ".join(f"{len(store.info.split(s))} {s}" for s in ("train", "validation", "test"))
         + f" cases; {jax.device_count()} {jax.default_backend()} device(s)", flush=True)
@@ -55,8 +53,10 @@ def main(argv: list[str]) -> int | None:
   except train.Interrupted as message:
     print(message, file=sys.stderr)
     return 130
-  if EVALUATE.value and jax.process_index() == 0:
-    print(evaluate.evaluate(here, store))
+  if EVALUATE.value:
+    table = evaluate.evaluate(here, store)
+    if jax.process_index() == 0:
+      print(table)
   return None
 
 

@@ -83,6 +83,8 @@ def build(config: ConfigDict, info: Info, folder: Path) -> Run:
   Raises:
     UserError: unknown method or stage, a size that a network refuses, a batch that does not divide.
   """
+  if not 0 <= config.synthesis.overlap < 1:
+    raise UserError(f"synthesis.overlap={config.synthesis.overlap}: a share from 0 to below 1")
   mesh = sharding.make_mesh(config.mesh.fsdp)
   methods: dict[str, Method] = {}
   for stage, section in configs.stages(config).items():

@@ -227,16 +227,6 @@ def _outputs(output: Path, targets: tuple[str, ...], kind: str) -> dict[str, Pat
   return {t: output.with_name(f"{_stem(output)}_{t}{kind}") for t in targets}
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
-INPUT = flags.DEFINE_string("input", None, "A scan, a folder of scans, or t1=FILE,flair=FILE.")
-OUTPUT = flags.DEFINE_string("output", None, "Image file to write (a folder for a folder).")
-TARGET = flags.DEFINE_string("target", "", "Modality to make; default: all that the run makes.")
-GRID = flags.DEFINE_string(
-  "grid", "", "source, model, or a FILE whose grid is used; default source, model for a PET.")
-CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Which checkpoint.")
-STAGE = flags.DEFINE_string("stage", "", "Stage of the run; default: the last that makes images.")
-
-
 def main(argv: list[str]) -> None:
   del argv
   if not (WORKDIR.value and INPUT.value and OUTPUT.value):
@@ -255,4 +245,12 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
+  INPUT = flags.DEFINE_string("input", None, "A scan, a folder of scans, or t1=FILE,flair=FILE.")
+  OUTPUT = flags.DEFINE_string("output", None, "Image file to write (a folder for a folder).")
+  TARGET = flags.DEFINE_string("target", "", "Modality to make; default: all that the run makes.")
+  GRID = flags.DEFINE_string(
+    "grid", "", "source, model, or a FILE whose grid is used; default source, model for a PET.")
+  CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Which checkpoint.")
+  STAGE = flags.DEFINE_string("stage", "", "Stage of the run; default: the last that makes images.")
   cli.run(main)

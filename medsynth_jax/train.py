@@ -177,6 +177,8 @@ class _Validation:
     count = len(arrays["mask"])
     share = max(1, config.validation_slices // len(self.pairs))
     inside = np.flatnonzero(arrays["mask"].any((1, 2)))
+    if not inside.size:
+      raise UserError(f"validation case {case.name}: empty mask; check its `mask` in the table")
     spread = np.linspace(0, len(inside) - 1, min(share, len(inside)))
     numbers = inside[np.unique(spread.astype(int))]
     if len(run.task.size) == 3:

@@ -81,3 +81,18 @@ def make_toy_data(folder, shape=(20, 24, 10), splits=("train",) * 4 + ("validati
 def toy_data(tmp_path_factory):
   """Folder of a data set with modalities a and b: 4 training, 1 validation, 1 test subject."""
   return make_toy_data(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+  """RUN of the whole line on six tiny simulated heads: scans, data, a trained net, evaluation."""
+  from test_train import get_config
+
+  from medsynth_jax import builtin, evaluate, run, train
+  from medsynth_jax.data.dataset import Store
+  config, folder = get_config("unet"), tmp_path_factory.mktemp("tiny") / "run"
+  store = Store(builtin.make(config, folder))
+  here = run.start(config, store.info, folder)
+  train.train(here, store)
+  evaluate.evaluate(here, store)
+  return folder

@@ -114,9 +114,9 @@ def test_a_network_trains_the_same_with_and_without_the_cure():
 
 
 def test_dropout_blocks_are_three_at_most_and_never_the_innermost():
-  """With dropout of rate 1 the block's output is zero; the reference drops 3, 2, 1, 0 blocks."""
-  for depth, blocks in ((8, 3), (7, 2), (6, 1), (5, 0)):
-    net = UNetGenerator(base=1, depth=depth)
+  """Counted in the traced network; depth - 5 blocks of full width, as in the reference code."""
+  for depth, multiple, blocks in ((8, 8, 3), (7, 8, 2), (6, 8, 1), (5, 8, 0), (7, 1, 3)):
+    net = UNetGenerator(base=1, depth=depth, max_multiple=multiple)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     x = jax.ShapeDtypeStruct((1, 2**depth, 2**depth, 1), jnp.float32)
     traced = jax.make_jaxpr(lambda x, n=net, k=keys: n.apply(

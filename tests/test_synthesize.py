@@ -1,0 +1,193 @@
+"""A new scan gives the image that evaluation scored, on its own grid, in its format and units."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medsynth_jax import synthesize, windows
+from medsynth_jax.data import volumes
+from medsynth_jax.data.dataset import Store
+from medsynth_jax.data.examples import case_source
+from medsynth_jax.data.intensities import from_model
+from medsynth_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def maker(tiny_run):
+  return synthesize.load(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def case(maker):
+  return maker.run.info.split("test")[0]
+
+
+@pytest.fixture(scope="module")
+def t1(tiny_run, case):
+  return tiny_run / "scans" / "images" / f"{case.subject}_t1.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def expected(maker, case, tiny_run):
+  """What evaluation sees of the test case: physical values [x, y, z], before the body mask."""
+  info, task = maker.run.info, maker.run.task
+  arrays = Store(tiny_run / "data").volume(case)
+  image = windows.synthesise(
+    maker.predict, maker.state, case_source(arrays, case, task, info), task, source_modality=0,
+    target_modality=1, key=maker.run.key(maker.stage), batch_size=3, put=maker.run.put)
+  physical = from_model(info.modality("t2").typical, image[..., 0])
+  return np.moveaxis(physical, 0, info.plane)
+
+
+def make(maker, source, output, grid=""):
+  synthesize.scan(maker, {"t1": source}, {"t2": output}, grid)
+  return volumes.read(output)
+
+
+def test_same_grid_and_the_image_that_was_scored(maker, t1, expected, tmp_path):
+  output = make(maker, t1, tmp_path / "t2.nii.gz")
+  source = nib.load(t1)
+  written = nib.load(tmp_path / "t2.nii.gz")
+  np.testing.assert_array_equal(written.affine, source.affine)
+  assert written.shape == source.shape
+  assert written.header["sform_code"] == source.header["sform_code"]
+  inside = output.array != 0
+  assert inside.mean() > 0.1
+  spread = expected.max() - expected.min()
+  # the store rounds the source to 16 bits
+  np.testing.assert_allclose(output.array[inside], expected[inside], atol=2e-3 * spread)
+
+
+def test_sidecar_says_what_it_is(maker, t1, tmp_path):
+  make(maker, t1, tmp_path / "t2.nii.gz")
+  sidecar = json.loads((tmp_path / "t2.json").read_text())
+  assert sidecar["synthetic"] is True and sidecar["units"] == "arbitrary"
+  assert sidecar["run"]["step"] == maker.step and sidecar["trained_on"]["simulated"] is True
+
+
+@pytest.mark.parametrize("axes, flips", [
+  ((1, 2, 0), (0,)), ((2, 0, 1), (1, 2)), ((0, 1, 2), (0, 1))])
+def test_orientation_comes_back(axes, flips, maker, t1, expected, tmp_path):
+  """A scan stored in another axis order gives the same image at the same place in the world."""
+  image = nib.load(t1)
+  orientation = np.stack([axes, np.where(np.isin(range(3), flips), -1, 1)], 1)
+  turned = image.as_reoriented(orientation)
+  nib.save(turned, tmp_path / "t1.nii.gz")
+  make(maker, tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz")
+  plain = make(maker, t1, tmp_path / "plain.nii.gz")
+  written = nib.load(tmp_path / "t2.nii.gz")
+  np.testing.assert_allclose(written.affine, turned.affine, atol=1e-4)
+  back = nib.as_closest_canonical(written).get_fdata()
+  here = nib.as_closest_canonical(nib.load(tmp_path / "plain.nii.gz")).get_fdata()
+  np.testing.assert_allclose(back, here, atol=1e-3 * np.ptp(plain.array))
+
+
+@pytest.mark.parametrize("kind", [".nii", ".mha", ".mhd", ".nrrd"])
+def test_formats(kind, maker, t1, tmp_path):
+  volume = volumes.read(t1)
+  source, output = tmp_path / f"t1{kind}", tmp_path / f"t2{kind}"
+  volumes.write(source, volume.array, volume.affine)
+  made = make(maker, source, output)
+  np.testing.assert_allclose(made.affine, volume.affine, atol=1e-4)
+  np.testing.assert_allclose(made.array, make(maker, t1, tmp_path / "t2.nii.gz").array, rtol=1e-5)
+  if kind != ".nii":
+    assert sitk.ReadImage(str(output)).GetSize() == volume.array.shape
+
+
+def test_anisotropic_oblique_source(maker, t1, tmp_path):
+  """An oblique scan of other spacing comes back on exactly its own grid."""
+  from medsynth_jax.data import grids
+  volume = volumes.read(t1)
+  angle = np.deg2rad(12)
+  turn = np.eye(4)
+  turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+  affine = turn @ volume.affine @ np.diag([1.0, 1.0, 2.0, 1.0])
+  shape = (*volume.array.shape[:2], volume.array.shape[2] // 2)
+  array = grids.resample(volume, shape, affine)
+  volumes.write(tmp_path / "t1.nii.gz", array, affine)
+  copier = dataclasses.replace(maker, predict=lambda state, batch, key: batch["source"])
+  made = make(copier, tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz")
+  assert made.array.shape == shape
+  np.testing.assert_allclose(made.affine, affine, atol=1e-4)
+  body = made.array > 0
+  assert 0.1 < body.mean() < 0.9
+  assert np.corrcoef(array[body], made.array[body])[0, 1] > 0.97
+
+
+def test_grids(maker, t1, tmp_path):
+  volume = volumes.read(t1)
+  other = np.diag([6.0, 6.0, 6.0, 1.0])
+  volumes.write(tmp_path / "grid.nii.gz", np.random.default_rng(0).random((9, 8, 7)), other)
+  made = make(maker, t1, tmp_path / "a.nii.gz", str(tmp_path / "grid.nii.gz"))
+  assert made.array.shape == (9, 8, 7)
+  model = make(maker, t1, tmp_path / "b.nii.gz", "model")
+  assert model.array.shape == volume.array.shape
+
+
+def test_output_is_not_overwritten(maker, t1, tmp_path, capsys):
+  output = tmp_path / "t2.nii.gz"
+  make(maker, t1, output)
+  before = output.read_bytes()
+  make(maker, t1, output)
+  assert "nothing to do" in capsys.readouterr().out
+  with pytest.raises(UserError, match="exists with other content"):
+    make(maker, t1, output, "model")
+  assert output.read_bytes() == before
+
+
+def test_folder_of_scans(maker, t1, tmp_path):
+  scans = tmp_path / "in"
+  scans.mkdir()
+  for name in ("x", "y"):
+    (scans / f"{name}.nii.gz").write_bytes(t1.read_bytes())
+  found = synthesize.jobs(str(scans), str(tmp_path / "out"), maker.run, "")
+  assert [sorted(p.name for p in outputs.values()) for _, outputs in found] == [
+    ["x_t2.nii.gz"], ["y_t2.nii.gz"]]
+
+
+@pytest.mark.parametrize("source, output, target, message", [
+  ("nowhere.nii.gz", "o.nii.gz", "", "no such file or folder"),
+  ("T1", "o.nii.gz", "ct", "--target=ct: this run makes t2"),
+  ("T1", "o.png", "", "name a file that ends in"),
+  ("flair=T1", "o.nii.gz", "", "this run is made from t1"),
+])
+def test_bad_calls_get_one_line(source, output, target, message, maker, t1, tmp_path):
+  with pytest.raises(UserError, match=message):
+    synthesize.jobs(source.replace("T1", str(t1)), str(tmp_path / output), maker.run, target)
+
+
+def test_command(tiny_run, t1, tmp_path):
+  """The command writes the image; a bad image is one line, status 2, nothing written."""
+  def call(source, output):
+    return subprocess.run(
+      [sys.executable, "-m", "medsynth_jax.synthesize", f"--workdir={tiny_run}",
+       f"--input={source}", f"--output={output}"], cwd=ROOT, capture_output=True, text=True)
+  done = call(t1, tmp_path / "t2.mha")
+  assert done.returncode == 0, done.stderr
+  assert volumes.read(tmp_path / "t2.mha").array.std() > 0
+  bad = tmp_path / "bad.nii.gz"
+  bad.write_bytes(t1.read_bytes()[:2000])
+  failed = call(bad, tmp_path / "out" / "t2.nii.gz")
+  assert failed.returncode == 2 and "bad.nii.gz" in failed.stderr
+  assert "Traceback" not in failed.stderr
+  assert not list(tmp_path.glob("out/*"))
+
+
+def test_nothing_outside_the_run_is_read(tiny_run, t1, tmp_path):
+  """The run folder without data and scans is enough."""
+  import shutil
+  copy = tmp_path / "run"
+  shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("data", "scans"))
+  alone = synthesize.load(copy)
+  a = make(alone, t1, tmp_path / "a.nii.gz")
+  b = make(synthesize.load(tiny_run), t1, tmp_path / "b.nii.gz")
+  np.testing.assert_array_equal(a.array, b.array)
