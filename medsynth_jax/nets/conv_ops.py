@@ -5,9 +5,9 @@ a matrix product, except for:
   weight gradients over more than about 1000 positions (3 to 5 times slower): summed over strips;
   weight gradients of transposed convolutions (20 times): written as those of the strided
     convolution that they transpose;
-  convolutions to few channels and their weight gradients (5 to 50 times): one matrix product for
+  convolutions to few channels and their weight gradients (2 to 30 times): one matrix product for
     all taps, then shifted sums;
-  gradients inside `lax.cond`, `scan` and `while` (20 to 100 times), whose dimensions XLA puts in
+  gradients inside `lax.cond`, `scan` and `while` (20 to 60 times), whose dimensions XLA puts in
     order in the main computation only: here all operands are in order already;
   3-D convolutions (3 to 50 times): sums of 2-D ones over the depth taps.
 
