@@ -1,14 +1,14 @@
 """Convolution as XLA has it, and the same function rewritten for speed on the CPU.
 
-Measured with jax 0.10.2 and 0.12 on 2 cores, XLA:CPU runs a 2-D convolution at about the speed of
-a matrix product, except for:
+Measured with jax 0.10.2 on 2 cores (tests/peers/bench_conv.py), XLA:CPU runs a 2-D convolution at
+about the speed of a matrix product, except for:
   weight gradients over more than about 1000 positions (3 to 5 times slower): summed over strips;
   weight gradients of transposed convolutions (20 times): written as those of the strided
     convolution that they transpose;
   convolutions to few channels and their weight gradients (2 to 30 times): one matrix product for
     all taps, then shifted sums;
-  gradients inside `lax.cond`, `scan` and `while` (20 to 60 times), whose dimensions XLA puts in
-    order in the main computation only: here all operands are in order already;
+  gradients inside `lax.cond` and `scan` (20 to 60 times; so too in 0.12): presumably XLA reorders
+    their dimensions in the main computation only; here all operands are in order already;
   3-D convolutions (3 to 50 times): sums of 2-D ones over the depth taps.
 
 `stride` and `pads` are tuples with one entry for each spatial axis; a pad is (low, high).
