@@ -1,0 +1,330 @@
+"""Trains and scores the U-Net on real, de-identified patients, in minutes a run on a CPU.
+
+python launch/real_images.py --task=open_ms --data=../shared/data --out=RUNS
+
+Tasks (the folder `--data` holds the images; its README says whence and under which licence):
+
+  open_ms  two patients with multiple sclerosis, brain MR of 1 mm: T1 -> T2 and T1 -> FLAIR, trained
+           on one patient and scored on the other, both ways round. There is no validation subject,
+           so that `best` is the latest checkpoint: the scored patient selects nothing.
+  ibsi     eight patients with a soft-tissue sarcoma, cropped about the tumour: CT -> MR on the MR's
+           grid and PET -> CT on the CT's, four folds that leave two out. STS_019, whose MR is not
+           registered, is never trained on and stands apart in the tables. The crops are centred on
+           the lesion, so the mean image of the others is a row of the floor. Eight patients say
+           nothing about accuracy: the numbers are reported as measured.
+  tuning   how the setting of open_ms was chosen: T1 -> T2 and T1 -> FLAIR of a third patient
+           (stroke_cstar), trained on slices below and above a slab and scored on the slab.
+
+For every run the script writes a table, then calls `prepare` and `main` (each command is printed);
+the same call continues where an earlier one was stopped. Fields of all runs can be set as
+`--config.field=value`. OUT/<task>.txt and OUT/<task>.json hold the scores of all runs.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE = "regression"  # the network's row in the tables of `evaluate`
+FLOOR = ("constant", "mean_image", "lut", "lut2", "identity_normalised")
+ROWS = (*FLOOR, STAGE)
+METRICS = ("psnr", "ssim", "mae", "mae_tumour")
+APART = "STS_019"  # its MR is rotated and not registered
+
+NETWORK = {
+  "generator.channels": "(16,32,64,96)",
+  "optim.lr": 1e-3, "optim.schedule": "cosine", "optim.ema": 0.99, "optim.weight_decay": 1e-2,
+}
+SETTINGS = {
+  "open_ms": {**NETWORK, "steps": 500, "batch_size": 4, "data.context": 1,
+              "data.augment.rotate": 10.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03},
+  "ibsi": {**NETWORK, "steps": 400, "batch_size": 4,
+           "data.augment.rotate": 15.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03},
+}
+SETTINGS["tuning"] = SETTINGS["open_ms"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+  """One run: which rows its table has, and what `prepare` and `main` are told.
+
+  `data` names the data set; folds that share a table share it.
+  """
+  source: str
+  target: str
+  name: str
+  data: str
+  rows: Sequence[Mapping[str, str]]
+  prepare: Mapping[str, str]
+
+  @property
+  def direction(self) -> str:
+    return f"{self.source}->{self.target}"
+
+  @property
+  def run(self) -> str:
+    """Name of the run folder."""
+    return f"{self.source}_to_{self.target}_{self.name}"
+
+
+# --- the folds -------------------------------------------------------------------------------
+
+
+def open_ms(images: Path, out: Path) -> list[Fold]:
+  """Two patients, each in turn trained on and scored; the brains' box is cropped out."""
+  del out
+  folds = []
+  for target in ("t2", "flair"):
+    for train, test in (("07", "26"), ("26", "07")):
+      rows = [{"subject": f"patient{n}", "split": split,
+               **{m: str(images / "open_ms" / f"patient{n}_{m.upper()}_MNI.nii.gz")
+                  for m in ("t1", "t2", "flair")}}
+              for n, split in ((train, "train"), (test, "test"))]
+      folds.append(Fold("t1", target, f"train_{train}", f"open_ms_train_{train}", rows,
+                        {"size": "128,168,0"}))
+  return folds
+
+
+def ibsi(images: Path, out: Path) -> list[Fold]:
+  """Eight patients in four folds; of each fold two are scored, and the apart one never trains."""
+  del out
+  folder = images / "ibsi_sts_petctmr"
+  patients = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != APART) + [APART]
+  columns = {"ct": "CT_image", "mr_t1": "MR_T1_image", "pet": "PET_image"}
+  masks = {"mr_t1": "MR_T1_mask", "ct": "CT_mask"}
+  folds = []
+  for source, target in (("ct", "mr_t1"), ("pet", "ct")):
+    for number in range(len(patients) // 2):
+      held_out = patients[2 * number:2 * number + 2]
+      rows = [{"subject": p, "split": "test" if p in held_out else "train",
+               **{m: str(folder / p / f"{columns[m]}.nii.gz") for m in (source, target)},
+               "mask_tumour": str(folder / p / f"{masks[target]}.nii.gz")}
+              for p in patients if p in held_out or p != APART]
+      folds.append(Fold(source, target, f"fold_{number}", f"ibsi_{source}_{target}_{number}", rows,
+                        {"reference": target, "anatomical": "yes"}))
+  return folds
+
+
+def tuning(images: Path, out: Path) -> list[Fold]:
+  """A slab of a third patient's brain, scored by a network that saw the slices around it."""
+  parts = {"below": (0, 58), "slab": (62, 86), "above": (90, 140)}  # four slices (mm) lie between
+  rows = [{"subject": "held_out" if part == "slab" else part,
+           "split": "test" if part == "slab" else "train",
+           **{m: str(_cut(images / "stroke_cstar" / f"{m.upper()}.nii.gz",
+                          out / "scans" / f"{m}_{part}.nii.gz", *parts[part]))
+              for m in ("t1", "t2", "flair")}} for part in parts]
+  return [Fold("t1", target, "slab", "tuning", rows, {"plane": "axial", "anatomical": "no"})
+          for target in ("t2", "flair")]
+
+
+def _cut(file: Path, to: Path, first: int, last: int) -> Path:
+  """Writes the axial slices first..last - 1 of a NIfTI file, once."""
+  if not to.exists():
+    import nibabel
+    to.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.load(file).slicer[:, :, first:last], to)
+  return to
+
+
+TASKS = {"open_ms": open_ms, "ibsi": ibsi, "tuning": tuning}
+
+
+# --- prepare, train, evaluate ----------------------------------------------------------------
+
+
+def write_table(fold: Fold, folder: Path) -> Path:
+  """The fold's CSV table; written once, so that `prepare` sees an unchanged file."""
+  path = folder / f"{fold.data}.csv"
+  with open(path, "w", newline="") as file:
+    writer = csv.DictWriter(file, list(fold.rows[0]))
+    writer.writeheader()
+    writer.writerows(fold.rows)
+  return path
+
+
+def commands(fold: Fold, out: Path, settings: Mapping[str, object],
+             extra: Sequence[str]) -> list[list[str]]:
+  """The two commands of a run: prepare, then train and evaluate."""
+  data = out / "data" / fold.data
+  python = [sys.executable, "-m"]
+  return [
+    [*python, "medsynth_jax.prepare", "--config=configs/prepare.py",
+     f"--config.table={out / f'{fold.data}.csv'}", f"--config.out={data}",
+     *(f"--config.{k}={v}" for k, v in fold.prepare.items())],
+    [*python, "medsynth_jax.main", "--config=configs/unet.py", f"--workdir={out / fold.run}",
+     f"--config.data.dir={data}", f"--config.data.source={fold.source}",
+     f"--config.data.targets={fold.target}",
+     *(f"--config.{k}={v}" for k, v in settings.items()), *extra]]
+
+
+def make(fold: Fold, out: Path, settings: Mapping[str, object], extra: Sequence[str]) -> None:
+  """Makes a run and notes how long its training and evaluation took, the first time."""
+  (out / "data").mkdir(parents=True, exist_ok=True)
+  write_table(fold, out)
+  prepare, train = commands(fold, out, settings, extra)
+  fresh = not (out / fold.run).exists()
+  _call(prepare)
+  then = time.perf_counter()
+  _call(train)
+  if fresh:
+    (out / fold.run / "seconds.txt").write_text(f"{time.perf_counter() - then:.0f}\n")
+
+
+def _call(command: Sequence[str]) -> None:
+  print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
+  done = subprocess.run(command, cwd=ROOT)
+  if done.returncode:
+    sys.exit(done.returncode)  # the command has said what is wrong
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+
+def collect(folds: Iterable[Fold], out: Path) -> dict:
+  """The scores of all finished runs, from their evaluation/per_subject.csv.
+
+  {direction: {"folds": {fold: {"seconds", "subjects": {subject: {row: {metric: score}}}}},
+  "overall": {row: {metric: mean over the subjects of all folds}}, "apart": the same of APART,
+  "verdict": ..., "unit": unit of the MAE}}.
+  """
+  results: dict = {}
+  for fold in folds:
+    found = results.setdefault(fold.direction, {"folds": {}})
+    folder = out / fold.run
+    subjects: dict = {}
+    with open(folder / "evaluation" / "per_subject.csv", newline="") as file:
+      for line in csv.DictReader(file):
+        subjects.setdefault(line["subject"], {})[line["row"]] = {
+          m: float(line[m]) for m in METRICS if line.get(m)}
+    summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+    found["unit"] = summary["protocol"]["targets"][fold.target]["unit"]
+    seconds = folder / "seconds.txt"
+    found["folds"][fold.name] = {
+      "subjects": subjects, "steps": summary["protocol"]["steps"][STAGE],
+      "seconds": float(seconds.read_text()) if seconds.exists() else None}
+  for found in results.values():
+    scored = [(name, rows) for fold in found["folds"].values()
+              for name, rows in fold["subjects"].items()]
+    found["overall"] = _means([rows for name, rows in scored if name != APART])
+    found["apart"] = _means([rows for name, rows in scored if name == APART])
+    found["n"] = sum(name != APART for name, _ in scored)
+    found["verdict"] = verdict(found["overall"])
+    for fold in found["folds"].values():
+      fold["mean"] = _means([r for name, r in fold["subjects"].items() if name != APART])
+      fold["verdict"] = verdict(fold["mean"])
+  return results
+
+
+def _means(scored: Sequence[Mapping]) -> dict:
+  """{row: {metric: mean over the subjects}}."""
+  means = {}
+  for row in ROWS:
+    for metric in METRICS:
+      values = [rows[row][metric] for rows in scored if metric in rows.get(row, {})]
+      if values:
+        means.setdefault(row, {})[metric] = math.fsum(values) / len(values)
+  return means
+
+
+def verdict(means: Mapping[str, Mapping[str, float]]) -> dict:
+  """How far the network is above the best row of the floor, and above lut2, in PSNR and SSIM."""
+  gains = {}
+  for metric in ("psnr", "ssim"):
+    own = means[STAGE][metric]
+    best = max((r for r in FLOOR if r in means), key=lambda r: means[r][metric])
+    gains[metric] = {"best": best, "gain": own - means[best][metric],
+                     "gain_lut2": own - means["lut2"][metric]}
+  return {**gains, "above_floor": all(g["gain"] > 0 for g in gains.values())}
+
+
+def report(results: Mapping) -> str:
+  """The results as Markdown tables, a pair a direction: over all subjects, then fold by fold."""
+  lines = []
+  for direction, found in results.items():
+    unit, metrics = found["unit"], [m for m in METRICS if m in found["overall"][STAGE]]
+    heads = {"psnr": "PSNR [dB]", "ssim": "SSIM", "mae": f"MAE [{unit}]",
+             "mae_tumour": f"MAE in the tumour [{unit}]"}
+    lines += [f"### {direction}, mean of {found['n']} subjects, each scored by a network that did"
+              " not see it", "", *_markdown(
+                ["row", *(heads[m] for m in metrics)],
+                [[row, *(_number(m, scores.get(m)) for m in metrics)]
+                 for row, scores in found["overall"].items()]), "", _sentence(found["verdict"])]
+    columns = {f"{name}: {', '.join(s for s in fold['subjects'] if s != APART)}": fold["mean"]
+               for name, fold in found["folds"].items()}
+    if found["apart"]:
+      columns[f"apart: {APART}"] = found["apart"]
+    lines += ["", f"PSNR [dB] / SSIM / MAE [{unit}], by fold and the subjects scored in it:", "",
+              *_markdown(["row", *columns],
+                         [[row, *(_triple(scores.get(row)) for scores in columns.values())]
+                          for row in found["overall"]]), ""]
+    for name, fold in found["folds"].items():
+      took = f"{fold['seconds'] / 60:.1f} min" if fold["seconds"] else "time not known"
+      lines.append(f"- {name}: {took}, {fold['steps']} steps. {_sentence(fold['verdict'])}")
+    lines.append("")
+  return "\n".join(lines)
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+  cells = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+  return [f"| {' | '.join(line)} |" for line in cells]
+
+
+def _number(metric: str, value: float | None) -> str:
+  if value is None:
+    return "-"
+  return f"{value:.2f}" if metric == "psnr" or value >= 10 else f"{value:.3f}"
+
+
+def _triple(scores: Mapping[str, float] | None) -> str:
+  return " / ".join(_number(m, (scores or {}).get(m)) for m in ("psnr", "ssim", "mae"))
+
+
+def _sentence(found: Mapping) -> str:
+  word = "Above" if found["above_floor"] else "NOT above"
+  parts = ", ".join(
+    f"{m.upper()} {found[m]['gain']:+.{d}f} against {found[m]['best']}"
+    f" ({found[m]['gain_lut2']:+.{d}f} against lut2)" for m, d in (("psnr", 2), ("ssim", 3)))
+  return f"{word} the floor: {parts}."
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--task", choices=list(TASKS), required=True)
+  parser.add_argument("--data", type=Path, help="folder of the real images",
+                      default=os.environ.get("MEDSYNTH_REAL_DATA") or ROOT.parent / "shared/data")
+  parser.add_argument("--out", type=Path, required=True, help="folder of tables, data and runs")
+  parser.add_argument("--only", default="", help="make only the runs whose name has this in it")
+  arguments, extra = parser.parse_known_args(argv)
+  wrong = [a for a in extra if not a.startswith("--config.") or "=" not in a]
+  if wrong:
+    parser.error(f"unknown argument '{wrong[0]}'; fields are set as --config.field=value")
+  images, out = arguments.data.resolve(), arguments.out.resolve()
+  if not images.is_dir():
+    parser.error(f"--data={arguments.data}: no such folder")
+  folds = [f for f in TASKS[arguments.task](images, out) if arguments.only in f.run]
+  if not folds:
+    parser.error(f"--only={arguments.only}: no run has this in its name")
+  for fold in folds:
+    make(fold, out, SETTINGS[arguments.task], extra)
+  results = collect(folds, out)
+  text = report(results)
+  (out / f"{arguments.task}.json").write_text(json.dumps(results, indent=1) + "\n")
+  (out / f"{arguments.task}.txt").write_text(text)
+  print(f"\n{text}")
+
+
+if __name__ == "__main__":
+  main()
