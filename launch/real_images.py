@@ -116,7 +116,7 @@ def ibsi(images: Path, out: Path) -> list[Fold]:
 
 def tuning(images: Path, out: Path) -> list[Fold]:
   """A slab of a third patient's brain, scored by a network that saw the slices around it."""
-  parts = {"below": (0, 58), "slab": (62, 86), "above": (90, 140)}  # four slices (mm) lie between
+  parts = {"below": (0, 70), "slab": (74, 90), "above": (94, 140)}  # four slices (mm) lie between
   rows = [{"subject": "held_out" if part == "slab" else part,
            "split": "test" if part == "slab" else "train",
            **{m: str(_cut(images / "stroke_cstar" / f"{m.upper()}.nii.gz",

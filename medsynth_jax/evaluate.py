@@ -182,7 +182,9 @@ def _stage(scorer: _Scorer, stage: str, targets, results: Results,
     image = scorer.scales[target].prediction(model)
     scores = scorer.score(volume, target, stage, image)
     results.add(target, stage, case, scores)
-    picture = panels.take(here.info, case, volume.shown, volume.reference, image, volume.mask,
+    # no loss sees what lies outside; synthesize writes the background there, so that is shown
+    shown = scoring.blanked(scorer.scales[target], image, volume.mask)
+    picture = panels.take(here.info, case, volume.shown, volume.reference, shown, volume.mask,
                           scores["psnr"], scores[scoring.ssim_name(scorer.protocols[target][0])])
     scorer.pictures.setdefault((target, stage), []).append(picture)
 

@@ -340,6 +340,18 @@ def test_panels(scored):
                    for place in ("median", "worst")]
 
 
+def test_panels_show_the_background_outside_the_mask(scored, data, monkeypatch):
+  """As synthesize writes it: what a network makes there was never trained."""
+  shown, take = [], panels.take
+  def watched(info, case, sources, target, synthetic, mask, *scores):
+    shown.append((synthetic, mask))
+    return take(info, case, sources, target, synthetic, mask, *scores)
+  monkeypatch.setattr(panels, "take", watched)
+  evaluate.evaluate(scored[0], Store(data))
+  assert all((image[~mask] == 0).all() and image[mask].std() > 0.1 for image, mask in shown)
+  assert any((~mask).any() for _, mask in shown)
+
+
 def test_panels_show_the_patient_as_radiologists_see_it():
   """RAS+ [x, y]: the patient's right (high x) on the left, anterior (high y) on top."""
   image = np.zeros((3, 4))

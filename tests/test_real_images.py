@@ -4,7 +4,10 @@ The folder is given by MEDSYNTH_REAL_DATA (default ../shared/data beside the pro
 images belongs in this repository.
 """
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +121,27 @@ def test_open_ms_brains_stay_whole(tmp_path):
     brain = found["images"]["t2"] > 0
     assert (found["mask"] == brain).mean() > 0.995  # dark fluid is brain, too
     assert case.shape == (158, 190, 160)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, only, direction, lut2", [
+  ("open_ms", "t1_to_t2_train_07", "t1->t2", {"psnr": 18.34, "ssim": 0.689}),
+  ("ibsi", "pet_to_ct_fold_3", "pet->ct", {})])
+def test_script_scores_real_patients(tmp_path, task, only, direction, lut2):
+  """A few steps of one run: the floor is the one measured by others, the network is a row."""
+  command = [sys.executable, ROOT / "launch" / "real_images.py", f"--task={task}",
+             f"--data={REAL}", f"--out={tmp_path}", f"--only={only}", "--config.steps=4",
+             "--config.generator.channels=(4,8)", "--config.data.size=64,96"]
+  subprocess.run(command, check=True)
+  found = json.loads((tmp_path / f"{task}.json").read_text())[direction]
+  assert found["overall"].keys() == {"constant", "mean_image", "lut", "lut2",
+                                     "identity_normalised", "regression"}
+  for metric, value in lut2.items():
+    assert found["overall"]["lut2"][metric] == pytest.approx(value, rel=0.02)
+  assert not found["verdict"]["above_floor"]  # four steps teach nothing
+  (fold,) = found["folds"].values()
+  if task == "ibsi":
+    assert fold["subjects"].keys() == {"STS_025", "STS_019"}
+    assert found["overall"]["lut2"]["mae_tumour"] > 0
+    assert found["overall"]["lut2"] == pytest.approx(fold["subjects"]["STS_025"]["lut2"])
+  assert len(list((tmp_path / only / "evaluation" / "panels").glob("*.png"))) in (1, 2)
