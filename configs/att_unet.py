@@ -11,9 +11,9 @@ def get_config(variant: str = ""):
 
 
 def laptop(config):
-  config.steps, config.batch_size = 1000, 8
+  config.steps, config.batch_size = 3000, 2
   config.generator.channels = (16, 32, 64, 128)
-  config.optim.update(lr=1e-3, schedule="cosine", ema=0.995)
+  config.optim.update(lr=4e-3, schedule="cosine", ema=0.99)
 
 
 def paper(config):

@@ -15,10 +15,10 @@ def get_config(variant: str = ""):
 
 
 def laptop(config):
-  config.steps, config.batch_size = 1500, 8
-  config.generator.update(base=16, blocks=4)
+  config.steps, config.batch_size = 2500, 2
+  config.generator.update(base=16, blocks=3)
   config.discriminator.update(base=8)
-  config.optim.update(lr=1e-3, schedule="linear", ema=0.995)
+  config.optim.update(lr=4e-3, schedule="linear", hold=0.3, ema=0.99)
 
 
 def paper(config):

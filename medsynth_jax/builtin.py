@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from medsynth_jax import config as configs
 from medsynth_jax import prepare
 from medsynth_jax.data import phantom
+from medsynth_jax.errors import UserError
 
 
 def make(config: ConfigDict, workdir: Path) -> Path:
@@ -16,11 +17,24 @@ def make(config: ConfigDict, workdir: Path) -> Path:
   """
   simulated, data = config.data.simulated, config.data
   sources, targets = configs.names(data.source), configs.names(data.targets)
+  modalities = dict.fromkeys((*sources, *targets, *configs.names(simulated.modalities)))
   table = phantom.write(
     workdir / "scans", n_subjects=simulated.n_subjects, seed=simulated.seed,
-    modalities=(*sources, *targets), sources=sources, spacing=(simulated.spacing,) * 3,
+    modalities=tuple(modalities), sources=sources, spacing=_spacing(simulated.spacing),
+    misaligned=simulated.misaligned or None, misalignment=simulated.misalignment,
+    missing=(simulated.missing, simulated.missing_share), groups=simulated.groups,
     permute=simulated.permute)
   fields = prepare.default_config()
   fields.update(table=str(table), out=str(workdir / "data"), name="built-in simulated subjects",
-                simulated=True, seed=simulated.seed, folds=simulated.folds)
+                seed=simulated.seed, folds=simulated.folds)
   return prepare.prepare(fields)
+
+
+def _spacing(text: str) -> tuple[float, ...]:
+  try:
+    spacing = tuple(float(n) for n in configs.names(text))
+  except ValueError:
+    spacing = ()
+  if len(spacing) != 3 or min(spacing) <= 0:
+    raise UserError(f"data.simulated.spacing={text!r}: give three numbers in mm, as 2,2,2")
+  return spacing

@@ -48,11 +48,18 @@ def base(**fields) -> ConfigDict:
       "missing": "skip",       # a case that lacks a source: "skip", or "zero" (a presence channel)
       "threads": 4, "prefetch": 2,
       "augment": {"flip": False, "rotate": 0.0, "shift": 0.0, "scale": 0.0, "zoom": 1.0},
-      "simulated": {"n_subjects": 20, "seed": 0, "spacing": 2.0, "folds": 0, "permute": False},
+      "simulated": {           # the built-in data set: see `phantom.write`
+        "n_subjects": 20, "seed": 0, "folds": 0,
+        "spacing": "2,2,2",    # mm
+        "modalities": "",      # more than source and targets need
+        "misaligned": "", "misalignment": 0.0,      # a modality, and by how many mm
+        "missing": "none", "missing_share": 0.0,    # images that are absent: random, group
+        "groups": 1,           # scanners
+        "permute": False},     # targets of another subject: nothing can be learned
     },
     "mesh": {"fsdp": 1},       # devices over which parameters are split
     "log_every": 25,
-    "validate_every": 500,     # validate on held-out subjects, then save
+    "validate_every": 1000,    # validate on held-out subjects, then save
     "validation_slices": 64,   # at most this many, evenly spread over the validation subjects
     "synthesis": {"batch_size": 8, "overlap": 0.25},
     "evaluation": {"ssim": "wang", "panels": 2},
@@ -139,7 +146,7 @@ def tiny(config: ConfigDict) -> None:
   """What every `test` variant shares: seconds on one core, a few tiny simulated subjects."""
   config.data.size = "32,32"
   config.data.threads = 0
-  config.data.simulated.update(n_subjects=6, spacing=8.0)
+  config.data.simulated.update(n_subjects=6, spacing="8,8,8")
   config.update(log_every=1, validate_every=2, validation_slices=4)
   config.synthesis.batch_size = 4
   for section in stages(config).values():

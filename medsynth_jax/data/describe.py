@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medsynth_jax import __version__
-from medsynth_jax.data import dataset
+from medsynth_jax.data import dataset, phantom
 from medsynth_jax.data.case import reference_of
 from medsynth_jax.data.dataset import Case, Image, Info, Modality
 from medsynth_jax.data.intensities import Rules, Scaling
@@ -56,13 +56,16 @@ def describe(config: ConfigDict, table: Table, rules: Mapping[str, Rules],
   if not any(c.split == "validation" for c in described):
     warnings.append("no validation subject: `best` will be the latest checkpoint")
   spacing = [np.sqrt((np.asarray(c.affine)[:3, :3] ** 2).sum(0)) for c in trained]
+  recipe = phantom.recipe(Path(table.path).parent)
+  simulation = {"simulation": recipe, "ceiling_sources": recipe["sources"]} if recipe else {}
   info = Info(
-    name=config.name or Path(config.out).name, simulated=config.simulated, reference=reference,
+    name=config.name or Path(config.out).name, reference=reference,
+    simulated=config.simulated or bool(recipe),
     plane=plane, spacing=tuple(float(s) for s in np.median(spacing, 0)),
     anatomical=_anatomical(config.anatomical, described), modalities=modalities, rois=table.rois,
     cases=described, config=recorded(config), versions=_versions(),
     notes={"inputs": key, "metadata": list(table.metadata), "warnings": warnings,
-           "counts": _counts(described, modalities)})
+           "counts": _counts(described, modalities), **simulation})
   digests = {i: m["digest"] for i, m in enumerate(made)}
   return dataclasses.replace(info, hash=dataset.content_hash(info, digests))
 

@@ -33,6 +33,7 @@ from .displacements import displacement_field, pull
 from .scanner import MODALITIES, SCANNERS, SHOWS
 
 VERSION = 1  # of the simulation: raise it when images change
+RECIPE = "simulated.json"  # the arguments of `write`, beside cases.csv
 ROIS = {"lesion": ("lesion",), "enhancing": ("enhancing",),
         "hot_focus": ("hot_focus", "hot_focus_sign"),
         "cold_focus": ("cold_focus", "cold_focus_sign")}
@@ -204,7 +205,7 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
       table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
       table.writeheader()
       table.writerows(rows)
-    (part / "simulated.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (part / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     part.replace(folder)
   finally:
     shutil.rmtree(part, ignore_errors=True)
@@ -228,8 +229,14 @@ def _check_recipe(recipe):
                     f"{', '.join(recipe['modalities'])}")
 
 
+def recipe(folder: str | Path) -> dict | None:
+  """The arguments of the `write` that made a folder; None if its images are no simulated ones."""
+  path = Path(folder) / RECIPE
+  return json.loads(path.read_text()) if path.is_file() else None
+
+
 def _check_same(folder, recipe):
-  path = folder / "simulated.json"
+  path = folder / RECIPE
   if not path.exists():
     raise UserError(f"{folder}: not empty and no simulated data set; choose another folder")
   stored = json.loads(path.read_text())
