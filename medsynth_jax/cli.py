@@ -1,5 +1,6 @@
 """How every command starts and fails: flags, and one clear line for a user's mistake."""
 
+import errno
 import logging
 import os
 import sys
@@ -15,7 +16,10 @@ from medsynth_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-  """Runs `main` behind absl flags; a UserError or a bad flag is one line and exit status 2."""
+  """Runs `main` behind absl flags.
+
+  A UserError, a bad flag or a full disk is one line and exit status 2; Ctrl-C exits with 130.
+  """
   def guarded(argv):
     if len(argv) > 1:
       raise UserError(f"unknown argument '{argv[1]}'; see --help")
@@ -26,6 +30,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     app.run(guarded, flags_parser=_parse)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues", file=sys.stderr)
+    sys.exit(130)
+  except Exception as error:  # a full disk comes as OSError, or as text from a storage library
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and \
+        "no space left" not in str(error).lower():
+      raise
+    print("error: the disk is full; free space and run the same command again, it continues",
+          file=sys.stderr)
     sys.exit(2)
 
 

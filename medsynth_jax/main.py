@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from medsynth_jax import builtin, cli, evaluate, run, train
+from medsynth_jax import builtin, cli, evaluate, run, sharding, train
+from medsynth_jax.data import pipeline
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.errors import UserError
 
@@ -40,14 +41,18 @@ def main(argv: list[str]) -> int | None:
     raise UserError("give --config=configs/NAME.py and --workdir=RUN")
   join_processes()
   workdir, config = Path(WORKDIR.value), CONFIG.value
-  data = Path(config.data.dir) if config.data.dir else builtin.make(config, workdir)
+  first = sharding.first_process_first
+  data = Path(config.data.dir or first(lambda: builtin.make(config, workdir)))
   store = Store(data)
-  here = run.start(config, store.info, workdir)
+  here = first(lambda: run.start(config, store.info, workdir))
   if EVALUATE.value:
     evaluate.scored_cases(here, "test")  # told now, not after the training
   print(f"{here.task.direction} -> {', '.join(here.task.targets)} on {data}: "
         + ", ".join(f"{len(store.info.split(s))} {s}" for s in ("train", "validation", "test"))
         + f" cases; {jax.device_count()} {jax.default_backend()} device(s)", flush=True)
+  for target, count in pipeline.skipped(store.info, here.task).items():
+    if count:
+      print(f"{count} training cases are skipped: they lack {here.task.direction} or {target}")
   try:
     train.train(here, store)
   except train.Interrupted as message:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from medsynth_jax.errors import UserError
@@ -43,6 +44,15 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
+
+
+def first_process_first(work):
+  """`work()` on process 0, then on all others, which find its files done."""
+  if jax.process_count() == 1:
+    return work()
+  done = work() if jax.process_index() == 0 else None
+  multihost_utils.sync_global_devices("first_process_first")
+  return done if jax.process_index() == 0 else work()
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

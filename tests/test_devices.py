@@ -21,13 +21,16 @@ if len(sys.argv) > 4:
   jax.distributed.initialize(sys.argv[4], 2, int(sys.argv[5]), initialization_timeout=60)
 from pathlib import Path
 from test_train import toy_config
-from medsynth_jax import run, train
+from medsynth_jax import evaluate, run, train
 from medsynth_jax.data.dataset import Store
 data, folder, fsdp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 config = toy_config("pix2pix", data, batch_size=8, steps=3, log_every=1)
 config.mesh.fsdp = fsdp
 config.generator.base = 16
-train.train(run.start(config, Store(data).info, folder), Store(data))
+here = run.start(config, Store(data).info, folder)
+train.train(here, Store(data))
+if jax.process_count() > 1:
+  evaluate.evaluate(here, Store(data))
 """
 
 
@@ -77,6 +80,7 @@ def test_two_processes_equal_one(one_device, toy_data, tmp_path):
     address = f"localhost:{s.getsockname()[1]}"
   finish(*(start(toy_data, tmp_path / "run", 2, 1, address, str(rank)) for rank in range(2)))
   close(losses(tmp_path / "run"), one_device)
+  assert (tmp_path / "run" / "evaluation" / "summary.json").exists()
 
 
 def test_saved_on_eight_devices_opens_on_one(toy_data, tmp_path):

@@ -191,3 +191,50 @@ def test_nothing_outside_the_run_is_read(tiny_run, t1, tmp_path):
   a = make(alone, t1, tmp_path / "a.nii.gz")
   b = make(synthesize.load(tiny_run), t1, tmp_path / "b.nii.gz")
   np.testing.assert_array_equal(a.array, b.array)
+
+
+# --- PET to CT: units, background, the model's grid by default -----------------------------------
+
+
+@pytest.fixture(scope="module")
+def pet_to_ct(tmp_path_factory):
+  """(Synthesizer, PET file) of a run that makes CT from PET."""
+  from test_train import get_config
+
+  from medsynth_jax import builtin, run, train
+  config, folder = get_config("unet"), tmp_path_factory.mktemp("pet") / "run"
+  config.data.update(source="pet", targets="ct")
+  config.data.simulated.n_subjects = 3
+  config.steps = 1
+  store = Store(builtin.make(config, folder))
+  train.train(run.start(config, store.info, folder), store)
+  maker = synthesize.load(folder)
+  subject = store.info.split("test")[0].subject
+  return maker, folder / "scans" / "images" / f"{subject}_pet.nii.gz"
+
+
+def test_synthetic_ct_is_in_hu_with_air_around(pet_to_ct, tmp_path):
+  maker, pet = pet_to_ct
+  synthesize.scan(maker, {"pet": pet}, {"ct": tmp_path / "ct.nii.gz"})
+  image = nib.load(tmp_path / "ct.nii.gz")
+  assert image.get_data_dtype() == np.int16
+  values = np.asarray(image.dataobj)
+  assert values.min() == -1024 and values.max() <= 3071
+  assert (values == -1024).mean() > 0.3  # air
+  sidecar = json.loads((tmp_path / "ct.json").read_text())
+  assert sidecar["units"] == "HU" and sidecar["grid"] == "model"
+
+
+def test_coarse_pet_is_written_on_the_model_grid_unless_asked(pet_to_ct, tmp_path):
+  maker, pet = pet_to_ct
+  from medsynth_jax.data import grids
+  volume = volumes.read(pet)
+  shape, affine = grids.model_grid(volume, (16.0, 16.0, 16.0))
+  volumes.write(tmp_path / "pet.nii.gz", grids.resample(volume, shape, affine), affine)
+  source = {"pet": tmp_path / "pet.nii.gz"}
+  synthesize.scan(maker, source, {"ct": tmp_path / "model.nii.gz"})
+  synthesize.scan(maker, source, {"ct": tmp_path / "source.nii.gz"}, "source")
+  model, own = volumes.read(tmp_path / "model.nii.gz"), volumes.read(tmp_path / "source.nii.gz")
+  np.testing.assert_allclose(model.spacing, maker.run.info.spacing)
+  assert own.array.shape == shape
+  np.testing.assert_allclose(own.affine, affine, atol=1e-4)
