@@ -125,10 +125,10 @@ def test_open_ms_brains_stay_whole(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task, only, direction, lut2", [
-  ("open_ms", "t1_to_t2_train_07", "t1->t2", {"psnr": 18.34, "ssim": 0.689}),
+  ("open_ms", "t1_to_t2_train_07", "t1->t2", {"psnr": 19.37, "ssim": 0.694}),
   ("ibsi", "pet_to_ct_fold_3", "pet->ct", {})])
 def test_script_scores_real_patients(tmp_path, task, only, direction, lut2):
-  """A few steps of one run: the floor is the one measured by others, the network is a row."""
+  """A few steps of one run: the floor is that of the README, the network a row beside it."""
   command = [sys.executable, ROOT / "launch" / "real_images.py", f"--task={task}",
              f"--data={REAL}", f"--out={tmp_path}", f"--only={only}", "--config.steps=4",
              "--config.generator.channels=(4,8)", "--config.data.size=64,96"]
@@ -137,7 +137,7 @@ def test_script_scores_real_patients(tmp_path, task, only, direction, lut2):
   assert found["overall"].keys() == {"constant", "mean_image", "lut", "lut2",
                                      "identity_normalised", "regression"}
   for metric, value in lut2.items():
-    assert found["overall"]["lut2"][metric] == pytest.approx(value, rel=0.02)
+    assert found["overall"]["lut2"][metric] == pytest.approx(value, rel=0.001)
   assert not found["verdict"]["above_floor"]  # four steps teach nothing
   (fold,) = found["folds"].values()
   if task == "ibsi":
