@@ -245,7 +245,8 @@ def _store(info: Info, table: Table, done: list[str], partial: Path) -> None:
       shutil.rmtree(old) if old.is_dir() else old.unlink()
   dataset.write_records(partial, info,
                         lambda volume: case_files.load_slices(done[volume], info.plane))
-  qc.sheet([case_files.load_strip(path) for path in done], partial / "qc.png")
+  title = info.name + (" (simulated data)" if info.simulated else "")
+  qc.sheet([case_files.load_strip(path) for path in done], partial / "qc.png", title)
   shutil.copyfile(table.path, partial / "cases.csv")
   dataset.save_info(info, partial / "dataset.json")
   shutil.rmtree(partial / "cases")

@@ -10,6 +10,7 @@ from scipy import ndimage
 from medsynth_jax.data.intensities import Scaling, otsu, to_model
 
 TILE = 168      # pixels of a slice's frame
+TITLE = 20  # pixels above the cases
 TEXT = 16       # pixels of the line above a case
 GREEN, RED = (80, 255, 80), (255, 70, 70)
 
@@ -58,15 +59,16 @@ def strip(name: str, images: Mapping[str, np.ndarray], scalings: Mapping[str, Sc
   return np.asarray(row)
 
 
-def sheet(strips: Sequence[np.ndarray], path) -> None:
-  """All cases' strips in columns, about as wide as high, as one PNG."""
+def sheet(strips: Sequence[np.ndarray], path, title: str) -> None:
+  """All cases' strips in columns under a title, about as wide as high, as one PNG."""
   height, width = strips[0].shape[0], max(s.shape[1] for s in strips)
   columns = max(1, min(len(strips), round(math.sqrt(len(strips) * height / width))))
   rows = math.ceil(len(strips) / columns)
-  page = Image.new("RGB", (columns * (width + 6), rows * (height + 6)), (40, 40, 40))
+  page = Image.new("RGB", (columns * (width + 6), TITLE + rows * (height + 6)), (40, 40, 40))
+  ImageDraw.Draw(page).text((6, 3), title, (255, 255, 255), _font(12))
   for i, one in enumerate(strips):
     column, row = divmod(i, rows)
-    page.paste(Image.fromarray(one), (column * (width + 6) + 3, row * (height + 6) + 3))
+    page.paste(Image.fromarray(one), (column * (width + 6) + 3, TITLE + row * (height + 6) + 3))
   page.save(path, format="PNG")
 
 
