@@ -57,6 +57,15 @@ def test_only_training_subjects_are_drawn(store):
   assert set(drawn) == {c.volume for c in store.info.split("train")}
 
 
+def test_batch_of_one(store):
+  """The published recipes' batch."""
+  config, section = fields(), ConfigDict(configs.stage("pix2pix", batch_size=1))
+  stream = iter(training(store, make_task(config.data, store.info), Augment(), section, config, 0))
+  four = batches(store, config, 1)[0]
+  for k in range(4):
+    np.testing.assert_array_equal(next(stream)["source"][0], four["source"][k])
+
+
 def test_excluded_fold_is_not_drawn(store):
   drawn = np.concatenate([b["fold"] for b in batches(store, fields(), 10, exclude_fold=1)])
   assert set(drawn) == {0}

@@ -207,7 +207,9 @@ def training(store: Store, task: Task, augment: Augment, section: ConfigDict, co
   index = training_index(store.info, task, section.exclude_fold)
   examples = (grain.MapDataset.source(index).seed(config.seed + stage).shuffle().repeat()
               .random_map(Examples(store, task, augment)))
-  batches = examples[process::processes].batch(section.batch_size // processes)
+  # without drop_remainder Grain rounds the endless length up, beyond what len() may return at 1
+  batches = examples[process::processes].batch(section.batch_size // processes,
+                                               drop_remainder=True)
   options = grain.ReadOptions(num_threads=config.data.threads,
                               prefetch_buffer_size=max(1, 2 * config.data.threads))
   return batches.to_iter_dataset(options)
