@@ -169,8 +169,7 @@ def write_table(fold: Fold, folder: Path) -> Path:
   return path
 
 
-def commands(fold: Fold, out: Path, settings: Mapping[str, object],
-             extra: Sequence[str]) -> list[list[str]]:
+def commands(fold: Fold, out: Path, settings: Mapping[str, object]) -> list[list[str]]:
   """The two commands of a run: prepare, then train and evaluate."""
   data = out / "data" / fold.data
   python = [sys.executable, "-m"]
@@ -181,14 +180,14 @@ def commands(fold: Fold, out: Path, settings: Mapping[str, object],
     [*python, "medsynth_jax.main", "--config=configs/unet.py", f"--workdir={out / fold.run}",
      f"--config.data.dir={data}", f"--config.data.source={fold.source}",
      f"--config.data.targets={fold.target}",
-     *(f"--config.{k}={v}" for k, v in settings.items()), *extra]]
+     *(f"--config.{k}={v}" for k, v in settings.items())]]
 
 
-def make(fold: Fold, out: Path, settings: Mapping[str, object], extra: Sequence[str]) -> None:
+def make(fold: Fold, out: Path, settings: Mapping[str, object]) -> None:
   """Makes a run and notes how long its training and evaluation took, the first time."""
   (out / "data").mkdir(parents=True, exist_ok=True)
   write_table(fold, out)
-  prepare, train = commands(fold, out, settings, extra)
+  prepare, train = commands(fold, out, settings)
   fresh = not (out / fold.run).exists()
   _call(prepare)
   then = time.perf_counter()
@@ -335,8 +334,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   folds = [f for f in TASKS[arguments.task](images, out) if arguments.only in f.run]
   if not folds:
     parser.error(f"--only={arguments.only}: no run has this in its name")
+  # a field is named once: repeated, a flag of several numbers would hold them all
+  fields = dict(a.removeprefix("--config.").split("=", 1) for a in extra)
   for fold in folds:
-    make(fold, out, SETTINGS[arguments.task], extra)
+    make(fold, out, {**SETTINGS[arguments.task], **fields})
   results = collect(folds, out)
   text = report(results)
   (out / f"{arguments.task}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -57,13 +57,19 @@ def test_the_unregistered_patient_never_trains(real_images, ibsi):
   assert {f.prepare["reference"] for f in folds} == {"mr_t1", "ct"}
 
 
-def test_commands_name_the_fold_and_take_fields(real_images, ibsi):
-  fold = real_images.open_ms(ibsi, ibsi)[0]
-  prepare, train = real_images.commands(fold, ibsi, {"steps": 5}, ["--config.seed=3"])
-  assert f"--config.out={ibsi / 'data' / 'open_ms_train_07'}" in prepare
-  assert f"--config.data.dir={ibsi / 'data' / 'open_ms_train_07'}" in train
-  assert train[-2:] == ["--config.steps=5", "--config.seed=3"]
-  assert f"--workdir={ibsi / 't1_to_t2_train_07'}" in train
+def test_commands_name_the_fold_and_each_field_once(real_images, ibsi, tmp_path, monkeypatch):
+  called = []
+  monkeypatch.setattr(real_images, "_call", called.append)
+  monkeypatch.setattr(real_images, "collect", lambda folds, out: {})
+  (tmp_path / "t1_to_t2_train_07").mkdir()
+  real_images.main(["--task=open_ms", f"--data={ibsi}", f"--out={tmp_path}", "--only=t2_train_07",
+                    "--config.seed=3", "--config.generator.channels=(4,8)"])
+  prepare, train = called
+  assert f"--config.out={tmp_path / 'data' / 'open_ms_train_07'}" in prepare
+  assert f"--config.data.dir={tmp_path / 'data' / 'open_ms_train_07'}" in train
+  assert f"--workdir={tmp_path / 't1_to_t2_train_07'}" in train
+  assert [a for a in train if "channels" in a] == ["--config.generator.channels=(4,8)"]
+  assert "--config.seed=3" in train
 
 
 def finished(folder, scores, unit="HU"):
