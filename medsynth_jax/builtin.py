@@ -1,5 +1,6 @@
 """The built-in simulated data set of a run, made by the same `prepare` as anybody's scans."""
 
+import shutil
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,6 +16,8 @@ def make(config: ConfigDict, workdir: Path) -> Path:
 
   What is there already, from the same fields, is kept.
   """
+  for left in workdir.glob(".scans.part*"):  # of a simulation that was killed
+    shutil.rmtree(left, ignore_errors=True)
   simulated, data = config.data.simulated, config.data
   sources, targets = configs.names(data.source), configs.names(data.targets)
   modalities = dict.fromkeys((*sources, *targets, *configs.names(simulated.modalities)))

@@ -7,16 +7,19 @@ RUN/<stage>/checkpoints/<step>/         state, data iterator and validation scor
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from medsynth_jax.contract import State
 from medsynth_jax.errors import UserError
 
+SPARE = 2**20  # bytes of free disk beside a checkpoint
 SCORE = "mae"  # masked, of served synthesis on validation subjects: the lowest is the best
 
 
@@ -55,7 +58,17 @@ class Checkpoints:
     return metrics[SCORE] if metrics else None
 
   def save(self, step: int, state: State, batches: Any, score: float | None) -> None:
-    """Saves in the background; `state.frozen` is stored apart, by `save_frozen`."""
+    """Saves in the background; `state.frozen` is stored apart, by `save_frozen`.
+
+    Raises:
+      UserError: too little space on the disk, told before anything is written.
+    """
+    size = sum(x.nbytes for x in jax.tree.leaves((state.nets, state.opts, state.aux)))
+    free = shutil.disk_usage(self.folder).free
+    if free < size + SPARE:
+      raise UserError(f"{self.folder}: the disk is full ({free / 1e6:.0f} MB free, a checkpoint"
+                      f" takes {size / 1e6:.0f} MB); free space and run the same command again,"
+                      " it continues")
     self._manager.save(
       step, metrics=None if score is None else {SCORE: score},
       args=ocp.args.Composite(state=ocp.args.StandardSave(state.replace(frozen={})),
@@ -102,7 +115,12 @@ def load_state(stage_folder: Path, shape: State, which: str = "best") -> tuple[S
     step = checkpoints.best() if which == "best" else checkpoints.latest()
     if step is None:
       raise UserError(f"{stage_folder}: no checkpoint yet; let the training run to its first save")
-    return checkpoints.restore(step, shape.replace(frozen={})), step
+    try:
+      return checkpoints.restore(step, shape.replace(frozen={})), step
+    except (ValueError, OSError, KeyError) as error:
+      raise UserError(f"{checkpoints.folder}/{step}: the checkpoint is damaged"
+                      f" ({str(error).splitlines()[0][:120]}); delete that folder and continue the"
+                      " training, or take the other one by --checkpoint") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -118,4 +136,7 @@ def read_config(run: Path) -> dict[str, Any]:
   if not path.is_file():
     raise UserError(f"{run}: no config.json, so this is no run folder;"
                     " train with `python -m medsynth_jax.main --workdir=...` first")
-  return json.loads(path.read_text())
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path}: damaged ({error}); train again in a new --workdir") from None

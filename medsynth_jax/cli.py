@@ -34,13 +34,23 @@ def run(main: Callable[[list[str]], int | None]) -> None:
   except KeyboardInterrupt:
     print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(130)
-  except Exception as error:  # a full disk comes as OSError, or as text from a storage library
-    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and \
-        "no space left" not in str(error).lower():
+  except Exception as error:
+    line = _disk_trouble(error)
+    if not line:
       raise
-    print("error: the disk is full; free space and run the same command again, it continues",
-          file=sys.stderr)
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def _disk_trouble(error: Exception) -> str:
+  """One line for a file that cannot be written; "" if the error is of another kind."""
+  number = getattr(error, "errno", None)
+  if number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower():
+    return "the disk is full; free space and run the same command again, it continues"
+  if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST) \
+      and getattr(error, "filename", None):
+    return f"{error.filename}: {error.strerror}; choose another folder or mend its permissions"
+  return ""
 
 
 def quiet() -> None:

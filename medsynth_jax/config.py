@@ -100,6 +100,28 @@ def sizes(text: str) -> tuple[int, ...]:
   return numbers
 
 
+# smallest and largest sensible value of the fields that have them
+RANGES = {
+  "seed": (0, 2**32 - 1), "steps": (1, None), "batch_size": (1, None), "log_every": (1, None),
+  "validate_every": (1, None), "validation_slices": (1, None), "mesh.fsdp": (1, None),
+  "data.context": (0, None), "data.threads": (0, None), "data.prefetch": (1, None),
+  "data.augment.zoom": (1e-3, None), "synthesis.batch_size": (1, None),
+  "synthesis.overlap": (0, 0.95), "evaluation.panels": (0, None), "optim.accumulate": (1, None),
+  "optim.hold": (0, 1), "optim.ema": (0, 1), "optim.warmup": (0, None), "optim.clip": (0, None),
+}
+
+
+def check_ranges(config: ConfigDict) -> None:
+  """A UserError for a field outside its range."""
+  for field, value in flat(config.to_dict()).items():
+    names = [name for name in RANGES if field == name or field.endswith("." + name)]
+    for name in names:
+      low, high = RANGES[name]
+      if not low <= value <= (float("inf") if high is None else high):
+        limits = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise UserError(f"config.{field}={value}: must be {limits}")
+
+
 def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=1, sort_keys=True)
 

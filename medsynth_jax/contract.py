@@ -44,6 +44,7 @@ class Method(NamedTuple):
   txs: {net: optimiser, its EMA the last link}; keeps: nets that synthesis and later stages use
   aux: batch -> {name: array}; sees_target: reconstructs the target, a bound never offered to users
   factor: every spatial size must be a multiple of it
+  many_targets: makes the modality that the batch's `target_modality` names
   """
   init: Callable
   step: Callable
@@ -53,6 +54,7 @@ class Method(NamedTuple):
   aux: Callable = lambda batch: {}
   sees_target: bool = False
   factor: int = 1
+  many_targets: bool = False
 
 
 class Average(NamedTuple):

@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from medsynth_jax import config as configs
-from medsynth_jax import floors, panels, report, run, scoring, windows
+from medsynth_jax import floors, panels, report, run, scoring, sharding, windows
 from medsynth_jax.data.dataset import CEILING, SPLITS, Case, Store
 from medsynth_jax.data.examples import case_source, case_valid, usable
 from medsynth_jax.data.intensities import to_model
@@ -50,13 +50,13 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
     results.floor[target] = _baselines(scorer, target, cases, results)
   stages = [s for s, m in here.methods.items() if m.synthesize]
   total = sum(_windows(here, c) for cases in targets.values() for c in cases) * len(stages)
-  with tqdm(total=total, desc="evaluate", unit="image", disable=jax.process_index() > 0) as bar:
+  with tqdm(total=total, desc="evaluate", unit="image", disable=not sharding.is_first()) as bar:
     for stage in stages:
       _stage(scorer, stage, targets, results, bar.update)
   absent = [results.direction(t) for t in here.task.targets if t not in targets]
   text = "\n".join([report.table(results), *(
     f"\n{direction}: not scored, no {split} subject has both" for direction in absent)])
-  if jax.process_index() == 0:
+  if sharding.is_first():
     _write(here, results, text, scorer.pictures)
   return text
 
@@ -144,7 +144,7 @@ def _baselines(scorer: _Scorer, target: str, cases: list[Case], results: Results
   """Adds the floor's rows and the ceiling's; returns the source channel that the tables look up."""
   info, task = scorer.info, scorer.task
   training = tqdm([c for c in info.split("train") if usable(c, task, target)], desc="floor",
-                  unit="case", disable=jax.process_index() > 0)
+                  unit="case", disable=not sharding.is_first())
   floor = floors.fit(
     ((v.source, v.reference, v.mask, info.spacing_of(v.case))
      for v in (scorer.load(case, target) for case in training)),

@@ -31,8 +31,7 @@ class Log:
     """Drops lines beyond the step that a resumed run starts from."""
     if self.path.exists():
       lines = self.path.read_text().splitlines()
-      kept = [line for line in lines if json.loads(line)["step"] <= step]
-      write_text(self.path, "".join(f"{line}\n" for line in kept))
+      write_text(self.path, "".join(f"{x}\n" for x in lines if _step(x) <= step))
 
   def advance(self) -> None:
     self._bar.update()
@@ -68,3 +67,11 @@ class Log:
     self._bar.close()
     if self._board:
       self._board.close()
+
+
+def _step(line: str) -> float:
+  """The step of a line; infinity if the line was cut off."""
+  try:
+    return json.loads(line)["step"]
+  except json.JSONDecodeError:
+    return float("inf")

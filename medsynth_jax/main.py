@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int | None:
     raise UserError("give --config=configs/NAME.py and --workdir=RUN")
   join_processes()
   workdir, config = Path(WORKDIR.value), CONFIG.value
+  run.check(config, workdir)
   first = sharding.first_process_first
   data = Path(config.data.dir or first(lambda: builtin.make(config, workdir)))
   store = Store(data)
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int | None:
     return 130
   if EVALUATE.value:
     table = evaluate.evaluate(here, store)
-    if jax.process_index() == 0:
+    if sharding.is_first():
       print(table)
   return None
 

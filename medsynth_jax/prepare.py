@@ -30,6 +30,9 @@ from medsynth_jax.data.intensities import Rules, rules_for
 from medsynth_jax.data.table import Row, Table, read_table
 from medsynth_jax.errors import UserError
 
+# what a folder in the making holds
+OWN = ("cases", "records", "qc.png", "cases.csv", "dataset.json")
+
 
 def default_config(modalities: Sequence[str] = ()) -> ConfigDict:
   """The fields of `prepare`; `modalities` get a section each, in which rules may be set."""
@@ -144,16 +147,16 @@ def _workers(config: ConfigDict, table: Table) -> int:
 # --- what was done already -------------------------------------------------------------------
 
 
-def _stamp(path: str) -> list:
-  """Path, size and time of change of a file, or of all files of a folder."""
+def _stamp(path: str, base: str) -> list:
+  """Path from `base`, size and time of change of a file, or of all files of a folder."""
   if os.path.isdir(path):
-    return [_stamp(os.path.join(path, f)) for f in sorted(os.listdir(path))
+    return [_stamp(os.path.join(path, f), base) for f in sorted(os.listdir(path))
             if not os.path.isdir(os.path.join(path, f))]
   status = os.stat(path)
-  files = [path, status.st_size, status.st_mtime_ns]
+  files = [os.path.relpath(path, base), status.st_size, status.st_mtime_ns]
   if path.lower().endswith(".mhd"):  # its voxels lie in a second file of the same stem
     stem = path[:-4]
-    files += [_stamp(stem + e) for e in (".raw", ".zraw") if os.path.isfile(stem + e)]
+    files += [_stamp(stem + e, base) for e in (".raw", ".zraw") if os.path.isfile(stem + e)]
   return files
 
 
@@ -162,16 +165,24 @@ def _hash(value) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _row_stamp(row: Row) -> list:
+def _row_stamp(row: Row, base: str) -> list:
   files = {**row.images, **{f"mask_{r}": f for r, f in row.rois.items()}}
   if row.mask:
     files["mask"] = row.mask
-  return [dataclasses.asdict(row), {c: _stamp(f) for c, f in files.items()}]
+  rest = dataclasses.replace(row, images={}, rois={}, mask="")
+  return [dataclasses.asdict(rest), {c: _stamp(f, base) for c, f in files.items()}]
+
+
+def _folder(table: Table) -> str:
+  return os.path.dirname(table.path)
 
 
 def _key(config: ConfigDict, table: Table, rules: Mapping[str, Rules]) -> str:
-  return _hash([dataset.FORMAT, case_files.FORMAT, recorded(config), rules, list(rules),
-                [_row_stamp(r) for r in table.rows]])
+  """What a data set is recognised by; the same however the table's path is spelled."""
+  fields = {k: v for k, v in recorded(config).items() if k != "table"}
+  base = _folder(table)
+  return _hash([dataset.FORMAT, case_files.FORMAT, fields, rules, list(rules),
+                [_row_stamp(r, base) for r in table.rows]])
 
 
 def _finished(out: Path, key: str) -> bool:
@@ -199,10 +210,10 @@ def _jobs(config: ConfigDict, table: Table, rules: Mapping[str, Rules],
   reference = reference_name(config, table, rules)
   spacing = numbers(config.spacing, "spacing")
   size = numbers(config.size, "size", int)
-  jobs = []
+  base, jobs = _folder(table), []
   for row in table.rows:
-    key = _hash([case_files.FORMAT, __version__, _row_stamp(row), rules, list(rules), table.rois,
-                 reference, spacing, size])
+    key = _hash([case_files.FORMAT, __version__, _row_stamp(row, base), rules, list(rules),
+                 table.rois, reference, spacing, size])
     jobs.append(case_files.Job(table.path, row, dict(rules), table.rois, reference, spacing, size,
                                str(folder / f"{key[:32]}.npz")))
   return jobs
@@ -240,6 +251,10 @@ def _results(jobs: list[case_files.Job], workers: int) -> Iterator[None]:
 
 def _store(info: Info, table: Table, done: list[str], partial: Path) -> None:
   """Writes records, description, table and sheet into the partial folder, and only those."""
+  foreign = [p.name for p in partial.iterdir() if p.name.removesuffix(".partial") not in OWN]
+  if foreign:
+    raise UserError(f"{partial}: holds files that are not of this program ({foreign[0]}); move"
+                    " them away or choose another --config.out")
   for old in partial.iterdir():
     if old.name != "cases":
       shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -20,6 +20,10 @@ from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.errors import UserError
 from medsynth_jax.methods import METHODS
 
+# what may lie in a run folder before its config.json
+BESIDE = ("data", "data.partial", "scans", "dataset.json", "dataset.json.partial",
+          "config.json.partial")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -77,26 +81,47 @@ class Run:
     return sharding.put_same(self.mesh, batch)
 
 
-def build(config: ConfigDict, info: Info, folder: Path) -> Run:
-  """Builds the methods of a config's stages.
+def check(config: ConfigDict, folder: Path) -> None:
+  """What can be told of a training run before its data are made.
 
   Raises:
-    UserError: unknown method or stage, a size that a network refuses, a batch that does not divide.
+    UserError: a field outside its range, an unknown method or stage, a batch that does not divide
+      over the devices, a folder that holds something else.
   """
-  if not 0 <= config.synthesis.overlap < 1:
-    raise UserError(f"synthesis.overlap={config.synthesis.overlap}: a share from 0 to below 1")
+  configs.check_ranges(config)
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  methods: dict[str, Method] = {}
+  known: list[str] = []
   for stage, section in configs.stages(config).items():
     if section.method not in METHODS:
       raise UserError(f"method={section.method!r}: choose one of {', '.join(METHODS)}")
     for need in configs.needs(section):
-      if need not in methods:
+      if need not in known:
         raise UserError(f"stage '{stage}' needs '{need}', which is no earlier stage")
+    known.append(stage)
     sharding.check_batch(section.batch_size, mesh)
+  stray = [] if not folder.is_dir() or (folder / "config.json").exists() else sorted(
+    p.name for p in folder.iterdir() if p.name not in BESIDE and not p.name.startswith("."))
+  if stray:
+    raise UserError(f"{folder} holds other files ({', '.join(stray[:3])}) and no config.json;"
+                    " choose an empty or new --workdir")
+
+
+def build(config: ConfigDict, info: Info, folder: Path) -> Run:
+  """Builds the methods of a config's stages.
+
+  Raises:
+    UserError: a size that a network refuses, several targets for a method that makes one.
+  """
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  methods: dict[str, Method] = {}
+  for stage, section in configs.stages(config).items():
     methods[stage] = METHODS[section.method](config, stage, info, methods)
   factor = math.lcm(*(m.factor for m in methods.values()))
   run = Run(Path(folder), config, info, methods, make_task(config.data, info, factor), mesh)
+  for stage, method in methods.items():
+    if len(run.task.targets) > 1 and not method.many_targets:
+      raise UserError(f"data.targets={config.data.targets}: {run.sections[stage].method} makes one"
+                      " target; train one run a target")
   run.shape(list(methods)[-1])  # a size that a network refuses is told now, not after hours
   return run
 
@@ -113,8 +138,9 @@ def start(config: ConfigDict, info: Info, folder: Path) -> Run:
   """Makes RUN with config.json and dataset.json, or goes on with the one that is there.
 
   Raises:
-    UserError: RUN belongs to another config or data set, or holds something else.
+    UserError: RUN belongs to another config or data set, or holds something else; see `check`.
   """
+  check(config, folder)
   run = build(config, info, folder)
   if (folder / "config.json").exists():
     changed = configs.differences(checkpoint.read_config(folder), config)
@@ -124,14 +150,8 @@ def start(config: ConfigDict, info: Info, folder: Path) -> Run:
     if load_info(folder).hash != info.hash:
       raise UserError(f"{folder} was trained on another data set than {config.data.dir or 'data'}"
                       " (their hashes differ); choose another --workdir")
-  elif jax.process_index() == 0:
-    stray = [p.name for p in folder.iterdir() if p.name not in ("data", "scans")] \
-      if folder.exists() else []
-    if stray:
-      raise UserError(f"{folder} holds other files ({', '.join(sorted(stray)[:3])}) and no"
-                      " config.json; choose an empty or new --workdir")
+  if sharding.is_first():
     folder.mkdir(parents=True, exist_ok=True)
     save_info(info, folder / "dataset.json")
-  if jax.process_index() == 0:
-    checkpoint.write_text(folder / "config.json", configs.to_json(config))
+    checkpoint.write_text(folder / "config.json", configs.to_json(config))  # last: RUN is whole
   return run

@@ -50,9 +50,34 @@ def first_process_first(work):
   """`work()` on process 0, then on all others, which find its files done."""
   if jax.process_count() == 1:
     return work()
-  done = work() if jax.process_index() == 0 else None
-  multihost_utils.sync_global_devices("first_process_first")
-  return done if jax.process_index() == 0 else work()
+  done = error = None
+  if is_first():
+    try:
+      done = work()
+    except UserError as caught:
+      error = caught
+  if any_process(error is not None):
+    raise error or UserError("process 0 stopped; its message says why")
+  return done if is_first() else work()
+
+
+def is_first() -> bool:
+  """Whether this process writes files and prints."""
+  return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set on any process; all processes have to ask together."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def batch_shapes(mesh: Mesh, example: dict[str, np.ndarray], size: int) -> dict[str, Any]:
+  """Shapes and shardings of a training batch, from a batch of one example."""
+  sharding = NamedSharding(mesh, BATCH)
+  return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype, sharding=sharding)
+          for k, v in example.items()}
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 import medsynth_jax
 from medsynth_jax import checkpoint, cli, windows
+from medsynth_jax import config as configs
 from medsynth_jax import run as runs
+from medsynth_jax.contract import State
 from medsynth_jax.data import case, grids, volumes
 from medsynth_jax.data.examples import source_channels
 from medsynth_jax.data.intensities import from_model
@@ -35,7 +38,8 @@ class Synthesizer:
   stage: str
   step: int
   predict: Callable
-  state: object
+  state: State
+  digest: str  # of the config and the weights: another model has another
 
   def image(self, source: case.Source, target: str) -> np.ndarray:
     """The synthetic image in physical units on the model grid [x, y, z].
@@ -69,7 +73,10 @@ def load(workdir: str | Path, which: str = "best", stage: str = "") -> Synthesiz
     raise UserError(f"--stage={stage}: this run makes images in {', '.join(able)}")
   stage = stage or able[-1]
   state, step = run.restore(stage, which)
-  return Synthesizer(run, stage, step, run.predictor(stage), state)
+  digest = hashlib.sha256(configs.to_json(run.config).encode())
+  for leaf in jax.tree.leaves((state.nets, {n: s.nets for n, s in state.frozen.items()})):
+    digest.update(np.asarray(leaf).tobytes())
+  return Synthesizer(run, stage, step, run.predictor(stage), state, digest.hexdigest())
 
 
 def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], outputs: Mapping[str, Path],
@@ -90,6 +97,7 @@ def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], outputs: Mapping[
   if not todo:
     return []
   scans = {name: volumes.read(path) for name, path in inputs.items()}
+  other = None if grid in GRIDS else volumes.read(grid)
   source = case.prepare_source(scans, info)
   for note in source.notes:
     print(f"warning: {note}")
@@ -98,19 +106,13 @@ def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], outputs: Mapping[
     raise UserError(f"{inputs[first]}: no body found in the image; is it a {first} scan?")
   for target, path in todo.items():
     image = synthesizer.image(source, target)
-    shape, affine = _output_grid(grid, scans[first], body.shape, source.affine)
+    on = other or (scans[first] if grid == "source" else None)
+    shape, affine = (on.array.shape, on.affine) if on else (body.shape, source.affine)
     image = _regridded(image, body, source.affine, shape, affine, info.modality(target))
     volumes.write(path, image, affine, like=_header_of(grid, inputs[first]))
     sidecar = path.with_name(_stem(path) + ".json")
     checkpoint.write_text(sidecar, json.dumps(sidecars[target], indent=1) + "\n")
   return list(todo.values())
-
-
-def _output_grid(grid: str, scan, shape, affine):
-  if grid == "model":
-    return shape, affine
-  volume = scan if grid == "source" else volumes.read(grid)
-  return volume.array.shape, volume.affine
 
 
 def _header_of(grid: str, source: Path) -> Path | None:
@@ -138,9 +140,9 @@ def _sidecar(synthesizer: Synthesizer, inputs: Mapping[str, Path], target: str, 
                   for name, p in inputs.items()},
     "run": {"folder": run.folder.resolve().name, "stage": synthesizer.stage,
             "method": run.sections[synthesizer.stage].method, "step": synthesizer.step,
-            "seed": run.config.seed},
+            "seed": run.config.seed, "sha256": synthesizer.digest},
     "trained_on": {"name": info.name, "hash": info.hash, "simulated": info.simulated},
-    "grid": grid if grid in GRIDS else Path(grid).name,
+    "grid": grid if grid in GRIDS else {"file": Path(grid).name, "sha256": _digest(Path(grid))},
     "software": f"medsynth_jax {medsynth_jax.__version__}",
   }
 
@@ -159,13 +161,24 @@ def _digest(path: Path) -> str:
 
 def _done(path: Path, sidecar: dict) -> bool:
   """Whether the output is there already from the same input and run; UserError if from another."""
-  if not path.exists():
+  files = [path, path.with_name(_stem(path) + ".json")]
+  if volumes.extension(path) == ".mhd":
+    files.append(path.with_suffix(".raw"))
+  there = [f for f in files if f.exists()]
+  if not there:
     return False
-  beside = path.with_name(_stem(path) + ".json")
-  if beside.exists() and json.loads(beside.read_text()) == sidecar:
+  if there == files and _parsed(files[1]) == sidecar:
     print(f"{path}: already made from this input by this run, nothing to do")
     return True
-  raise UserError(f"{path}: exists with other content; move it away or choose another --output")
+  raise UserError(f"{there[0]}: exists with other content; move it away or choose another --output")
+
+
+def _parsed(path: Path) -> object:
+  """A JSON file's content; None if it is none."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError:
+    return None
 
 
 def _stem(path: Path) -> str:
@@ -187,7 +200,7 @@ def jobs(source: str, output: str, run: runs.Run, target: str
   for name in targets:
     if name not in task.targets:
       raise UserError(f"--target={name}: this run makes {', '.join(task.targets)}")
-  if "=" in source:
+  if "=" in source and not Path(source).exists():
     inputs = dict(_named(part) for part in source.split(","))
     unknown, missing = set(inputs) - set(task.sources), set(task.sources) - set(inputs)
     if unknown or (missing and not task.presence):
@@ -206,6 +219,8 @@ def jobs(source: str, output: str, run: runs.Run, target: str
   if volumes.extension(output):
     raise UserError(f"--output={output}: the input is a folder of {len(files)} files, so the output"
                     " is a folder too")
+  if Path(output).resolve() == path.resolve():
+    raise UserError(f"--output={output}: is the input folder; choose another")
   found = []
   for file in files:
     kind = volumes.extension(file)
@@ -238,8 +253,6 @@ def main(argv: list[str]) -> None:
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}")
     for inputs, outputs in tqdm(found, unit="scan", disable=len(found) == 1):
-      for path in outputs.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
       for path in scan(synthesizer, inputs, outputs, GRID.value):
         print(f"{path}: synthetic image written")
 

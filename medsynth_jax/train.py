@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from medsynth_jax import checkpoint, sharding, windows
@@ -53,30 +54,35 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
     if step >= section.steps:
       return
     take = _compiled(method, state, run, section.batch_size)
-    log = Log(folder, stage, step, section.steps, section.batch_size, jax.process_index() == 0)
+    log = Log(folder, stage, step, section.steps, section.batch_size, sharding.is_first())
     validate = _Validation(run, store, stage, log)
     metrics = pending = None
 
-    def save():
+    def save(validates=True):
       nonlocal pending
       if pending:
         log.training(pending[0], _check(pending[1], pending[0], folder))
         pending = None
       if metrics is not None:
-        _check(metrics, step, folder)
-      saved.save(step, state, batches, validate(state, step))
+        _check(metrics | finite(state.nets), step, folder)
+      saved.save(step, state, batches, validate(state, step) if validates else None)
       log.paused()
+
+    def leave():
+      saved.wait()
+      raise Interrupted(f"stage '{stage}' saved at step {step}; the same command continues")
 
     with contextlib.closing(log):
       first = step
       while step < section.steps:
-        if stop:
-          validate.skip = step % run.config.validate_every != 0
+        due = step > first and step % run.config.validate_every == 0
+        # several processes have to leave together, so they ask each other at the same steps only
+        if (jax.process_count() == 1 or step % run.config.log_every == 0) \
+            and sharding.any_process(bool(stop)):
           if step > first or saved.latest() is None:
-            save()
-          saved.wait()
-          raise Interrupted(f"stage '{stage}' saved at step {step}; the same command continues")
-        if step > first and step % run.config.validate_every == 0:
+            save(validates=due)
+          leave()
+        if due:
           save()
         state, metrics = take(state, next(batches))
         step += 1
@@ -85,7 +91,15 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
         pending = (step, metrics) if step % run.config.log_every == 0 else None
         log.advance()
       save()
+      if sharding.any_process(bool(stop)):
+        leave()
       saved.wait()
+
+
+@jax.jit
+def finite(nets):
+  """{"weights": a number that is finite if all parameters are}."""
+  return {"weights": sum(jnp.sum(x * 0.0) for x in jax.tree.leaves(nets))}
 
 
 def _start(run: Run, stage: str, saved: Checkpoints, batches) -> State:
@@ -124,12 +138,10 @@ def _compiled(method, state: State, run: Run, batch_size: int):
   places = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
   example = pipeline.example_batch(run.task, run.info)
-  batch_place = jax.sharding.NamedSharding(run.mesh, sharding.BATCH)
-  batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype, sharding=batch_place)
-           for k, v in example.items()}
+  batch = sharding.batch_shapes(run.mesh, example, batch_size)
   then = time.perf_counter()
   compiled = jitted.lower(state, batch).compile()
-  if jax.process_index() == 0:
+  if sharding.is_first():
     print(f"training step compiled in {time.perf_counter() - then:.1f} s", flush=True)
   return compiled
 
@@ -149,7 +161,7 @@ class _Validation:
 
   def __init__(self, run: Run, store: Store, stage: str, log: Log):
     self.run, self.store, self.stage, self.log = run, store, stage, log
-    self.method, self.skip = run.methods[stage], False
+    self.method = run.methods[stage]
     pairs = [(case, target) for case in run.info.split("validation") for target in run.task.targets
              if usable(case, run.task, target)]
     self.pairs = pairs if self.method.synthesize else []
@@ -157,7 +169,7 @@ class _Validation:
 
   def __call__(self, state: State, step: int) -> float | None:
     """The score (mean over subjects), logged with a panel; None where nobody is held out."""
-    if self.skip or not self.pairs:
+    if not self.pairs:
       return None
     view = served(state, self.method.keeps)
     errors: dict[str, list[float]] = {}
@@ -167,7 +179,12 @@ class _Validation:
         errors.setdefault(case.subject, []).append(error)
       if i == 0:
         self.log.image(step, f"validation/{case.name}", panel)
+    if not errors:
+      return None
     score = float(np.mean([np.mean(e) for e in errors.values()]))
+    if not math.isfinite(score):
+      raise UserError(f"stage '{self.stage}': synthesis on the validation subjects is not finite at"
+                      f" step {step}; lower optim.lr or set optim.clip=1.0")
     self.log.scalars(step, {f"validation_{checkpoint.SCORE}": score})
     return score
 

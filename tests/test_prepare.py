@@ -214,6 +214,33 @@ def test_the_same_call_again_does_nothing(data, table, monkeypatch, capsys):
   assert {p: p.stat().st_mtime_ns for p in data.rglob("*")} == before
 
 
+def test_another_spelling_of_the_path_is_the_same_table(data, table, monkeypatch, capsys):
+  monkeypatch.chdir(table.parent)
+  assert prepare(config_for(table.name, data)) == data
+  assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_spike_is_no_scale(tmp_path):
+  """One absurd voxel would leave a few of the 16 stored bits to the patient: refused."""
+  table = write_cases(tmp_path / "scans", 3, ct=False)
+  path = next((tmp_path / "scans").glob("**/*t1*"))
+  volume = volumes.read(path)
+  array = volume.array.copy()
+  array[0, 0, 0] = 1e9
+  volumes.write(path, array, volume.affine)
+  with pytest.raises(UserError, match="spikes or padding"):
+    prepare(config_for(table, tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_foreign_files_in_the_partial_folder_stay(table, tmp_path):
+  (tmp_path / "out.partial").mkdir()
+  (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+  with pytest.raises(UserError, match="thesis.txt"):
+    prepare(config_for(table, tmp_path / "out"))
+  assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
 def test_other_content_is_refused(data, table, tmp_path):
   with pytest.raises(UserError, match="other files or another config"):
     prepare(config_for(table, data, seed=1))

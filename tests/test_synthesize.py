@@ -98,7 +98,8 @@ def test_formats(kind, maker, t1, tmp_path):
   volumes.write(source, volume.array, volume.affine)
   made = make(maker, source, output)
   np.testing.assert_allclose(made.affine, volume.affine, atol=1e-4)
-  np.testing.assert_allclose(made.array, make(maker, t1, tmp_path / "t2.nii.gz").array, rtol=1e-5)
+  plain = make(maker, t1, tmp_path / "plain.nii.gz")
+  np.testing.assert_allclose(made.array, plain.array, rtol=1e-5)
   if kind != ".nii":
     assert sitk.ReadImage(str(output)).GetSize() == volume.array.shape
 
@@ -144,6 +145,28 @@ def test_output_is_not_overwritten(maker, t1, tmp_path, capsys):
   assert output.read_bytes() == before
 
 
+def test_another_model_or_a_file_of_the_user_is_not_mistaken(maker, t1, tmp_path):
+  """The sidecar knows the weights; a JSON file of somebody else is left as it is."""
+  output = tmp_path / "t2.nii.gz"
+  make(maker, t1, output)
+  other = dataclasses.replace(maker, digest="0" * 64)
+  with pytest.raises(UserError, match="exists with other content"):
+    make(other, t1, output)
+  mine = tmp_path / "ct.json"
+  mine.write_text('{"EchoTime": 3}')
+  with pytest.raises(UserError, match="ct.json: exists"):
+    make(maker, t1, tmp_path / "ct.nii.gz")
+  assert mine.read_text() == '{"EchoTime": 3}' and not (tmp_path / "ct.nii.gz").exists()
+
+
+def test_scan_without_a_body_or_overlap(maker, t1, tmp_path):
+  volume = volumes.read(t1)
+  volumes.write(tmp_path / "flat.nii.gz", np.full(volume.array.shape, 3.0), volume.affine)
+  with pytest.raises(UserError, match="flat.nii.gz"):
+    make(maker, tmp_path / "flat.nii.gz", tmp_path / "t2.nii.gz")
+  assert not (tmp_path / "t2.nii.gz").exists()
+
+
 def test_folder_of_scans(maker, t1, tmp_path):
   scans = tmp_path / "in"
   scans.mkdir()
@@ -152,6 +175,8 @@ def test_folder_of_scans(maker, t1, tmp_path):
   found = synthesize.jobs(str(scans), str(tmp_path / "out"), maker.run, "")
   assert [sorted(p.name for p in outputs.values()) for _, outputs in found] == [
     ["x_t2.nii.gz"], ["y_t2.nii.gz"]]
+  with pytest.raises(UserError, match="is the input folder"):
+    synthesize.jobs(str(scans), str(scans), maker.run, "")
 
 
 @pytest.mark.parametrize("source, output, target, message", [
@@ -179,7 +204,7 @@ def test_command(tiny_run, t1, tmp_path):
   failed = call(bad, tmp_path / "out" / "t2.nii.gz")
   assert failed.returncode == 2 and "bad.nii.gz" in failed.stderr
   assert "Traceback" not in failed.stderr
-  assert not list(tmp_path.glob("out/*"))
+  assert not (tmp_path / "out").exists()
 
 
 def test_nothing_outside_the_run_is_read(tiny_run, t1, tmp_path):

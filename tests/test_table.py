@@ -72,6 +72,11 @@ def test_refusals_name_row_and_column(folder, text, says):
   assert "cases.csv" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_column_of_another_image_format_is_told(folder):
+  with pytest.raises(UserError, match="format that is not read"):
+    table(folder, "subject,t1,t2\na,a.nii.gz,a.png\nb,b.nii.gz,b.png\n")
+
+
 def test_no_table_and_no_text(folder):
   with pytest.raises(UserError, match="no such table"):
     read_table(folder / "none.csv")

@@ -228,7 +228,7 @@ def test_stage_that_needs_a_later_one_is_refused(toy_data, monkeypatch):
   config = two_stages(toy_data)
   config.stages = ("second", "first")
   with pytest.raises(UserError, match="needs 'first'"):
-    run.build(config, Store(toy_data).info, "nowhere")
+    run.check(config, Path("nowhere"))
 
 
 # --- what bad settings get -------------------------------------------------------------------
@@ -281,3 +281,102 @@ def test_run_without_checkpoint(toy_data, tmp_path):
     here.restore("regression")
   with pytest.raises(UserError, match="no config.json"):
     run.open_run(tmp_path)
+
+
+# --- what a killed or broken run leaves --------------------------------------------------------
+
+
+def test_a_kill_before_config_json_is_no_obstacle(toy_data, tmp_path):
+  """Leftovers of a run that was killed while it was being made do not stop the next."""
+  folder = tmp_path / "run"
+  folder.mkdir()
+  (folder / "dataset.json").write_text("{")
+  (folder / ".scans.part99").mkdir()
+  here = run.start(toy_config("unet", toy_data), Store(toy_data).info, folder)
+  assert run.open_run(here.folder).info == Store(toy_data).info
+
+
+def test_a_torn_log_line_is_dropped(toy_data, tmp_path):
+  config = toy_config("unet", toy_data)
+  trained(config, tmp_path / "run")
+  log = tmp_path / "run" / "regression" / "train.jsonl"
+  whole = log.read_text()
+  log.write_text(whole + '{"step": 4, "l')
+  config.steps = 5
+  trained(config, tmp_path / "run")
+  lines = [json.loads(line) for line in log.read_text().splitlines()]
+  assert log.read_text().startswith(whole) and lines[-1]["step"] == 5
+
+
+def test_weights_that_are_not_finite_are_never_stored(toy_data, tmp_path):
+  """The update after the last good loss is checked too."""
+  config = toy_config("unet", toy_data, steps=1)
+  config.optim.lr = 1e39
+  with pytest.raises(UserError, match="weights not finite at step 1"):
+    trained(config, tmp_path / "run")
+  with pytest.raises(UserError, match="no checkpoint"):
+    run.open_run(tmp_path / "run").restore("regression")
+
+
+def test_little_disk_is_told_before_a_save(toy_data, tmp_path, monkeypatch):
+  import shutil
+  monkeypatch.setattr(checkpoint.shutil, "disk_usage",
+                      lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+  with pytest.raises(UserError, match="the disk is full"):
+    trained(toy_config("unet", toy_data), tmp_path / "run")
+
+
+def test_damaged_files_of_a_run(toy_data, tmp_path):
+  here = trained(toy_config("unet", toy_data), tmp_path / "run")
+  for part in (here.folder / "regression" / "checkpoints").rglob("*"):
+    if part.is_file() and part.parent.name == "d":
+      part.write_bytes(part.read_bytes()[:20])
+  with pytest.raises(UserError, match="checkpoint is damaged"):
+    here.restore("regression")
+  (here.folder / "config.json").write_text("{")
+  with pytest.raises(UserError, match="damaged"):
+    run.open_run(here.folder)
+
+
+def test_signal_at_the_last_step_is_not_forgotten(toy_data, tmp_path, monkeypatch):
+  """A SIGTERM while the last validation runs ends the program, not only the stage."""
+  validate = train._Validation.__call__
+  def interrupted(self, state, step):
+    if step == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return validate(self, state, step)
+  monkeypatch.setattr(train._Validation, "__call__", interrupted)
+  with pytest.raises(train.Interrupted, match="saved at step 4"):
+    trained(toy_config("unet", toy_data), tmp_path / "run")
+
+
+@pytest.mark.parametrize("field, value", [
+  ("log_every", 0), ("validate_every", 0), ("batch_size", 0), ("steps", -1), ("seed", -1),
+  ("optim.accumulate", 0), ("optim.hold", 2.0), ("synthesis.batch_size", 0), ("data.threads", -1),
+  ("synthesis.overlap", 1.0), ("data.augment.zoom", 0.0)])
+def test_fields_outside_their_range(field, value, toy_data, tmp_path):
+  config = toy_config("unet", toy_data)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=f"config.{field}="):
+    trained(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_several_targets_need_a_method_that_tells_them_apart(toy_data, tmp_path):
+  from conftest import make_toy_data
+  data = make_toy_data(tmp_path / "three", modalities=("a", "b", "c"))
+  config = toy_config("unet", data)
+  config.data.targets = "[b,c]"
+  with pytest.raises(UserError, match="makes one target"):
+    trained(config, tmp_path / "run")
+
+
+def test_a_run_opens_where_its_batch_does_not_divide(toy_data, tmp_path):
+  """Batch 1 trains on one device; the run is opened on eight."""
+  trained(toy_config("unet", toy_data, batch_size=1, steps=1), tmp_path / "run")
+  code = ("import jax; from medsynth_jax import run; assert jax.device_count() == 8;"
+          f" print(run.open_run({str(tmp_path / 'run')!r}).restore('regression')[1])")
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                        env=os.environ | {
+                          "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+  assert done.stdout.split() == ["1"], done.stderr

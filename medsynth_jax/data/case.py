@@ -130,11 +130,6 @@ def _new_grid(volume: Volume, name: str, info: Info) -> tuple[tuple[int, ...], n
   return grids.model_grid(volume, info.spacing)
 
 
-def scaling(fields: Mapping) -> Scaling:
-  """A scaling from its fields."""
-  return Scaling(**fields)
-
-
 def numbers(text, field: str, kind=float) -> tuple | None:
   """Three numbers >= 0 along x, y, z from "1,1,3" or a sequence; None if empty."""
   parts = text.replace("x", ",").split(",") if isinstance(text, str) else list(text or ())

@@ -19,6 +19,7 @@ from medsynth_jax.data.volumes import ImageWarning, read
 from medsynth_jax.errors import UserError
 
 FORMAT = 1
+COARSEST = 2e-3  # of a scaling's range: the largest step that 16 bits may have
 CT_SHOWN = Scaling("linear", -200.0, 300.0)  # HU; soft tissue and bone on the sheet
 
 
@@ -102,11 +103,13 @@ def _make(job: Job) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     scaled = images.get(name.removeprefix(CEILING), images[name])
     images[name] = images[name] | {
       "source": scaled["source"], "target": scaled["target"],
-      "clipped": _clipped(case.scaling(scaled["target"]), placed[name], body, rois)}
+      "clipped": _clipped(Scaling(**scaled["target"]), placed[name], body, rois)}
   arrays, quantised = _arrays(job, placed, body, rois)
+  for name in names:
+    _check_spread(job, name, quantised[name], Scaling(**images[name]["target"]))
   shown = {n: placed[n] for n in names if not n.startswith(CEILING)}
   strip = qc.strip(job.row.name, {n: p.image for n, p in shown.items()},
-                   {n: CT_SHOWN if kinds[n] == "ct" else case.scaling(images[n]["target"])
+                   {n: CT_SHOWN if kinds[n] == "ct" else Scaling(**images[n]["target"])
                     for n in shown}, reference, body, affine)
   meta = {
     "reference": reference, "shape": list(shape), "affine": affine.tolist(), "rois": list(rois),
@@ -189,6 +192,15 @@ def _arrays(job: Job, placed: Mapping[str, Placed], body: np.ndarray,
     if name in rois:
       regions |= rois[name].astype(regions.dtype) << regions.dtype.type(bit)
   return arrays | {"valid": valid, "regions": regions}, quantised
+
+
+def _check_spread(job: Job, name: str, stored: Mapping[str, float], scaling: Scaling) -> None:
+  """Refuses a volume of whose 16 bits a few extreme voxels leave too little for the patient."""
+  if stored["slope"] > COARSEST * (scaling.high - scaling.low):
+    low, high = stored["intercept"], stored["intercept"] + 65535 * stored["slope"]
+    raise UserError(f"{job.row.images[name]}: voxels from {low:.4g} to {high:.4g}, but {name} is"
+                    f" scaled from {scaling.low:.4g} to {scaling.high:.4g}: spikes or padding;"
+                    " clip them in the file")
 
 
 def _shares(foreground: np.ndarray) -> list[list[float]]:

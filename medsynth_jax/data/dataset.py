@@ -177,12 +177,13 @@ def _info(raw: dict[str, Any]) -> Info:
   modalities = {n: Modality(**{**m, "source": tuple(m["source"]),
                                "typical": Scaling(**m["typical"])})
                 for n, m in raw["modalities"].items()}
-  cases = tuple(_case(c) for c in raw["cases"])
+  cases = tuple(case_of(c) for c in raw["cases"])
   return Info(**{**raw, "modalities": modalities, "cases": cases, "rois": tuple(raw["rois"]),
                  "spacing": tuple(raw["spacing"])})
 
 
-def _case(raw: dict[str, Any]) -> Case:
+def case_of(raw: Mapping[str, Any]) -> Case:
+  """A case from its fields as JSON has them."""
   images = {n: Image(**{**i, "shape": tuple(i["shape"]), "affine": _rows(i["affine"]),
                         "source": tuple(Scaling(**s) for s in i["source"]),
                         "target": Scaling(**i["target"])})

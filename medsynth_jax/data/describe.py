@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from medsynth_jax import __version__
 from medsynth_jax.data import dataset, phantom
 from medsynth_jax.data.case import reference_of
-from medsynth_jax.data.dataset import Case, Image, Info, Modality
+from medsynth_jax.data.dataset import Case, Info, Modality
 from medsynth_jax.data.intensities import Rules, Scaling
 from medsynth_jax.data.table import Table
 from medsynth_jax.errors import UserError
@@ -75,23 +75,15 @@ def _cases(config: ConfigDict, table: Table, plan: Mapping[str, tuple[str, int]]
   first, result = dict.fromkeys(dataset.SPLITS, 0), []
   for number, (row, meta) in enumerate(zip(table.rows, made, strict=True)):
     split, fold = plan[row.subject]
-    images = {n: Image(**{**i, "shape": tuple(i["shape"]), "affine": _rows(i["affine"]),
-                          "source": tuple(Scaling(**s) for s in i["source"]),
-                          "target": Scaling(**i["target"])})
-              for n, i in meta["images"].items()}
     shown = {n: tuple(k for k, share in enumerate(shares[plane]) if share >= config.min_foreground
                       and share > 0) for n, shares in meta["foreground"].items()}
-    result.append(Case(
-      volume=number, subject=row.subject, session=row.session, split=split, fold=fold,
-      group=row.group, shape=tuple(meta["shape"]), affine=_rows(meta["affine"]),
-      first=first[split], images=images, rois=tuple(meta["rois"]), foreground=shown,
-      metadata=dict(row.metadata)))
+    result.append(dataset.case_of({
+      "volume": number, "subject": row.subject, "session": row.session, "split": split,
+      "fold": fold, "group": row.group, "shape": meta["shape"], "affine": meta["affine"],
+      "first": first[split], "images": meta["images"], "rois": meta["rois"], "foreground": shown,
+      "metadata": dict(row.metadata)}))
     first[split] += meta["shape"][plane]
   return tuple(result)
-
-
-def _rows(matrix) -> tuple[tuple[float, ...], ...]:
-  return tuple(tuple(float(x) for x in row) for row in matrix)
 
 
 def _plane(wanted: str, made: Sequence[Mapping[str, Any]]) -> int:

@@ -12,6 +12,9 @@ from medsynth_jax.data.dataset import CEILING, SPLITS
 from medsynth_jax.data.volumes import EXTENSIONS, extension
 from medsynth_jax.errors import UserError
 
+# formats that people give and that are not read
+FOREIGN = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".npy", ".npz", ".mat", ".hdr", ".img",
+           ".mgz", ".h5", ".zip")
 RESERVED = ("subject", "session", "split", "fold", "group", "mask")
 REGION = "mask_"
 RECORD_FIELDS = ("volume", "slice", "valid", "regions")  # names that a record uses itself
@@ -109,6 +112,10 @@ def _is_image_column(path: Path, name: str, cells: list[str], lines) -> bool:
   filled = [(n, c) for (n, _), c in zip(lines, cells, strict=True) if c]
   files = [bool(extension(c)) or _resolve(path, c).is_dir() for _, c in filled]
   if not any(files):
+    foreign = [(n, c) for n, c in filled if c.lower().endswith(FOREIGN)]
+    if foreign and len(foreign) == len(filled):
+      raise UserError(f"{path}: row {foreign[0][0]}, column '{name}': '{foreign[0][1]}' is of a"
+                      f" format that is not read; convert it to one of {', '.join(EXTENSIONS)}")
     return False
   if not all(files):
     line, cell = filled[files.index(False)]

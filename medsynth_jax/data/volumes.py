@@ -188,12 +188,14 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _nifti_affine(image, path: Path) -> np.ndarray:
   """The sform if it is set, else the qform; UserError if both are and differ by > 0.1 voxel."""
   header = image.header
+  to_mm = np.diag([*[{"meter": 1e3, "micron": 1e-3}.get(header.get_xyzt_units()[0], 1.0)] * 3, 1])
   sform, scode = header.get_sform(coded=True)
   qform, qcode = header.get_qform(coded=True)
+  sform, qform = (None if form is None else to_mm @ form for form in (sform, qform))
   if not scode and not qcode:
     warnings.warn(f"{path}: the header has no orientation; axes taken as in old Analyze files"
                   " (check left and right on the QC sheet)", ImageWarning, stacklevel=2)
-    return image.affine
+    return to_mm @ image.affine
   if not scode:
     return qform
   check_affine(sform, path)
