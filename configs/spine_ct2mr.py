@@ -1,4 +1,12 @@
-"""S2 (Lee et al. 2020): CT to T2 MR, ResNet-9 and patch discriminator, cross-entropy + 10 L1."""
+"""S2 (Lee et al. 2020): CT to T2 MR, ResNet-9 and patch discriminator, cross-entropy + 10 L1.
+
+  python -m medsynth_jax.main --config=configs/spine_ct2mr.py --workdir=runs/spine_ct2mr
+
+CT -> T2 of the head on the built-in simulated data (16 training, 2 test subjects), PSNR / SSIM in
+the body: 19.20 dB / 0.604; floor (lut2) 17.67 / 0.529; ceiling 33.36 / 0.964. The short run leaves
+a faint grid from the transposed convolutions. `:paper` has the paper's networks (11.38M and 7.03M)
+and steps; it has not been run.
+"""
 
 from medsynth_jax import config as common
 

@@ -1,4 +1,12 @@
-"""U-Net regression with L1: the baseline that every other system has to beat."""
+"""U-Net regression with L1: the baseline that every other system has to beat.
+
+  python -m medsynth_jax.main --config=configs/unet.py --workdir=runs/unet
+
+T1 -> T2 on the built-in simulated data (16 training, 2 test subjects), PSNR / SSIM in the body:
+U-Net 23.95 dB / 0.873; floor (lut2) 14.62 / 0.317; ceiling 34.90 / 0.967. On real scans see
+launch/real_images.py. `:paper` is the 31.0M network of Ronneberger et al. 2015 with instance norm,
+AdamW 2e-4, cosine; it has not been run.
+"""
 
 from medsynth_jax import config as common
 

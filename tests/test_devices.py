@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
-import sys
+import os, sys
 sys.path.insert(0, "tests")
 import jax
 if len(sys.argv) > 4:
@@ -24,7 +26,8 @@ from test_train import toy_config
 from medsynth_jax import evaluate, run, train
 from medsynth_jax.data.dataset import Store
 data, folder, fsdp = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-config = toy_config("pix2pix", data, batch_size=8, steps=3, log_every=1)
+config = toy_config("pix2pix", data, batch_size=8, log_every=1,
+                    steps=int(os.environ.get("STEPS", 3)))
 config.mesh.fsdp = fsdp
 config.generator.base = 16
 here = run.start(config, Store(data).info, folder)
@@ -74,13 +77,32 @@ def test_eight_devices_equal_one(fsdp, one_device, toy_data, tmp_path):
   close(losses(tmp_path / "run"), one_device)
 
 
-def test_two_processes_equal_one(one_device, toy_data, tmp_path):
+def two_processes(data, folder):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     address = f"localhost:{s.getsockname()[1]}"
-  finish(*(start(toy_data, tmp_path / "run", 2, 1, address, str(rank)) for rank in range(2)))
+  return [start(data, folder, 2, 1, address, str(rank)) for rank in range(2)]
+
+
+def test_two_processes_equal_one(one_device, toy_data, tmp_path):
+  finish(*two_processes(toy_data, tmp_path / "run"))
   close(losses(tmp_path / "run"), one_device)
   assert (tmp_path / "run" / "evaluation" / "summary.json").exists()
+
+
+def test_two_processes_leave_together(toy_data, tmp_path, monkeypatch):
+  """SIGTERM reaches them at different steps; they save one state and stop."""
+  monkeypatch.setenv("STEPS", "100000")
+  both = two_processes(toy_data, tmp_path / "run")
+  log, limit = tmp_path / "run" / "pix2pix" / "train.jsonl", time.time() + 240
+  while time.time() < limit and not (log.exists() and len(log.read_text().splitlines()) > 4):
+    time.sleep(0.05)
+  for process in both:
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+  for process in both:
+    assert "saved at step" in process.communicate(timeout=120)[1]
+  assert list((tmp_path / "run" / "pix2pix" / "checkpoints").iterdir())
 
 
 def test_saved_on_eight_devices_opens_on_one(toy_data, tmp_path):
