@@ -1,4 +1,11 @@
-"""Attention U-Net regression with L1 (Oktay et al. 2018), a baseline of S1's comparison."""
+"""Attention U-Net regression with L1 (Oktay et al. 2018), a baseline of S1's comparison.
+
+  python -m medsynth_jax.main --config=configs/att_unet.py --workdir=runs/att_unet
+
+T1 -> T2 on the built-in simulated data (16 training, 2 test subjects), PSNR / SSIM in the body:
+attention U-Net 23.19 dB / 0.858; floor (lut2) 14.62 / 0.317; ceiling 34.90 / 0.967. `:paper` is the
+31.4M network, AdamW 2e-4, cosine; it has not been run.
+"""
 
 from medsynth_jax import config as common
 
