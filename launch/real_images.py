@@ -52,7 +52,7 @@ NETWORK = {
 }
 SETTINGS = {
   "open_ms": {**NETWORK, "generator.channels": "(16,32,64,96)", "data.context": 1, "steps": 2200},
-  "ibsi": {**NETWORK, "generator.channels": "(8,16,32,64,96)", "steps": 400,
+  "ibsi": {**NETWORK, "generator.channels": "(8,16,32,64,96)", "steps": 1000,
            "data.augment.rotate": 10.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03},
 }
 SETTINGS["tuning"] = SETTINGS["open_ms"]
