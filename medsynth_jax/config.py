@@ -47,7 +47,9 @@ def base(**fields) -> ConfigDict:
       "context": 0,            # 2.5-D: neighbouring slices on each side
       "missing": "skip",       # a case that lacks a source: "skip", or "zero" (a presence channel)
       "threads": 4, "prefetch": 2,
-      "augment": {"flip": False, "rotate": 0.0, "shift": 0.0, "scale": 0.0, "zoom": 1.0},
+      "augment": {             # drawn anew for every example: see `pipeline.Augment`
+        "flip": False, "rotate": 0.0, "shift": 0.0, "scale": 0.0, "zoom": 1.0,
+        "gamma": 0.0, "contrast": 0.0},
       "simulated": {           # the built-in data set: see `phantom.write`
         "n_subjects": 20, "seed": 0, "folds": 0,
         "spacing": "2,2,2",    # mm

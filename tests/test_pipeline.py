@@ -141,6 +141,20 @@ def test_shift_moves_by_whole_pixels(store, monkeypatch):
   assert (moved[0, :2] == -1).all()
 
 
+def test_gamma_and_contrast_change_the_source_alone(store):
+  """u -> c u^g, monotone; background, target and every other draw stay as they are."""
+  task = make_task(fields().data, store.info)
+  moved = Augment(rotate=10)
+  plain = Examples(store, task, moved)(ROW, np.random.default_rng(5))
+  coloured = Examples(store, task, dataclasses.replace(moved, gamma=0.3, contrast=0.1))(
+    ROW, np.random.default_rng(5))
+  assert all(np.array_equal(plain[n], coloured[n]) for n in plain if n != "source")
+  before, after = plain["source"].ravel(), coloured["source"].ravel()
+  assert np.abs(before - after).max() > 0.02 and after.min() >= -1 and after.max() <= 1
+  assert (after[before == -1] == -1).all()
+  assert np.corrcoef(before.argsort().argsort(), after.argsort().argsort())[0, 1] > 0.99
+
+
 def test_context_stacks_neighbours(store):
   task = make_task(fields(context=1).data, store.info)
   example = Examples(store, task, Augment())(ROW, np.random.default_rng(0))

@@ -25,17 +25,21 @@ DRAWS = ("pair",)
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """Random in-plane transforms, one draw for all modalities of an example.
+  """Random in-plane transforms, one draw for all modalities of an example, and source intensities.
 
   flip: left-right mirror with probability 1/2; rotate: degrees; shift, scale: shares of the size;
   zoom: fixed magnification (1.117 with shift 0.058 is pix2pix's 286 -> random crop 256);
   misalign: level n of a simulated misalignment, drawn for source and target apart (RegGAN).
+  gamma, contrast: the source's share u of its range becomes c u^g, with log g in -+gamma and c in
+  1 -+ contrast; background stays. Scanners differ like that where a modality has no units.
   """
   flip: bool = False
   rotate: float = 0.0
   shift: float = 0.0
   scale: float = 0.0
   zoom: float = 1.0
+  gamma: float = 0.0
+  contrast: float = 0.0
   misalign: float = 0.0
 
 
@@ -104,6 +108,8 @@ class Examples:
     mask = valid & arrays["mask"][centre]
     if not deep:
       source = stack_context(source)[None]
+    # from a stream of its own, so that these fields change no other draw
+    source = _recoloured(source, self.augment, rng.spawn(1)[0])
     parts = self._augmented(source, truth.astype(np.float32), valid, mask, rng)
     example = dict(zip(("source", "target", "valid", "mask"), parts, strict=True))
     if deep:
@@ -164,6 +170,16 @@ def _transform(rng, rotate: float, shift: float, scale: float, zoom: float, shap
   matrix[:2, :2] = linear
   matrix[:2, 2] = centre - linear @ centre - shift * np.array(moved) * np.array(shape)
   return matrix
+
+
+def _recoloured(source: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
+  """The source with another gamma and contrast; -1 stays -1."""
+  if not (augment.gamma or augment.contrast):
+    return source
+  power, factor = rng.uniform(-1, 1, 2)
+  share = np.clip((source + 1) / 2, 0, 1) ** np.exp(augment.gamma * power)
+  share = np.clip(share * (1 + augment.contrast * factor), 0, 1)
+  return (2 * share - 1).astype(np.float32)
 
 
 def _warp(array: np.ndarray, matrix: np.ndarray, order: int) -> np.ndarray:
