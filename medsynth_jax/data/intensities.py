@@ -43,7 +43,8 @@ RULES = {
   "window": {"low": None, "high": None},        # fixed physical values
   "sqrt": {"low": 0.0, "high": None},           # fixed, under a square root
   "percentile": {"low": 0.5, "high": 99.9},     # of the volume's own foreground
-  "zscore": {"width": 3.0},                     # mean -+ width standard deviations of it
+  # mean -+ width standard deviations of it; its -1 (padding, absent sources) lies below background
+  "zscore": {"width": 3.0},
 }
 
 _WINDOW = {"kind": "window", "low": -1024.0, "high": 3071.0}
