@@ -63,7 +63,8 @@ def base(**fields) -> ConfigDict:
     "log_every": 25,
     "validate_every": 1000,    # validate on held-out subjects, then save
     "validation_slices": 64,   # at most this many, evenly spread over the validation subjects
-    "synthesis": {"batch_size": 8, "overlap": 0.25},
+    # mirror: average with the image of the left-right mirrored scan (for nets trained with flips)
+    "synthesis": {"batch_size": 8, "overlap": 0.25, "mirror": False},
     "evaluation": {"ssim": "wang", "panels": 2},
     **fields})
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -74,11 +75,34 @@ class Run:
     return served(state, self.methods[stage].keeps).replace(frozen=frozen), step
 
   def predictor(self, stage: str):
-    """`method.synthesize` of a stage, jitted, its images on every process."""
-    return jax.jit(self.methods[stage].synthesize, out_shardings=sharding.replicated(self.mesh))
+    """`method.synthesize` of a stage, jitted, its images on every process.
+
+    With `config.synthesis.mirror` the mean of the image and of the one made left-right mirrored.
+    """
+    synthesize = self.methods[stage].synthesize
+    if self.config.synthesis.mirror:
+      synthesize = _mirrored(synthesize, self._left_right())
+    return jax.jit(synthesize, out_shardings=sharding.replicated(self.mesh))
+
+  def _left_right(self) -> int:
+    """The batch's axis along left and right; a UserError where a sagittal slice has none."""
+    deep, sagittal = len(self.task.size) == 3, self.info.plane == 0
+    if sagittal and not deep:
+      raise UserError("synthesis.mirror: a sagittal slice holds no left and right; set it to False")
+    return 2 if deep and not sagittal else 1
 
   def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_same(self.mesh, batch)
+
+
+def _mirrored(synthesize, axis: int):
+  """Synthesis averaged with that of the mirrored batch."""
+  def both(state, batch, key):
+    spatial = batch["source"].ndim
+    turned = {k: jnp.flip(v, axis) if v.ndim == spatial else v for k, v in batch.items()}
+    image = synthesize(state, batch, key)
+    return (image + jnp.flip(synthesize(state, turned, key), axis)) / 2
+  return both
 
 
 def check(config: ConfigDict, folder: Path) -> None:
