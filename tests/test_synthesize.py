@@ -263,3 +263,21 @@ def test_coarse_pet_is_written_on_the_model_grid_unless_asked(pet_to_ct, tmp_pat
   np.testing.assert_allclose(model.spacing, maker.run.info.spacing)
   assert own.array.shape == shape
   np.testing.assert_allclose(own.affine, affine, atol=1e-4)
+
+
+def test_mirrored_synthesis_is_the_mean_of_both(tiny_run):
+  """synthesis.mirror averages with the mirrored scan, along left and right."""
+  here = synthesize.load(tiny_run).run
+  state, _ = here.restore("regression")
+  batch = {"source": np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 1)).astype(np.float32)}
+  turned = {"source": batch["source"][:, ::-1]}
+  plain = here.predictor("regression")
+  expected = (plain(state, batch, here.key("regression"))
+              + plain(state, turned, here.key("regression"))[:, ::-1]) / 2
+  here.config.synthesis.mirror = True
+  both = here.predictor("regression")(state, batch, here.key("regression"))
+  np.testing.assert_allclose(both, expected, atol=1e-5)
+  assert np.abs(both - plain(state, batch, here.key("regression"))).max() > 1e-3
+  sagittal = dataclasses.replace(here, info=dataclasses.replace(here.info, plane=0))
+  with pytest.raises(UserError, match="sagittal"):
+    sagittal.predictor("regression")
