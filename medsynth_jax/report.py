@@ -194,8 +194,9 @@ def _direction(results: Results, target: str) -> str:
   regions = [m for m in regions if any(s.get(m, {}).get("n") for s in summary.values())]
   if regions:
     lines += ["", "In regions:", *_grid(results, summary, regions)]
-  lines += ["", "By the papers' own conventions, means of whole slices (for their tables only;"
-            " s2 doubles the peak: +48.13 dB):", *_grid(results, summary, papers)]
+  lines += ["", "By the papers' own conventions, means of whole slices with background outside"
+            " the body (for their tables only; s2 doubles the peak: +48.13 dB):",
+            *_grid(results, summary, papers)]
   lines += ["", *_caption(results, target, scale, protocols)]
   return "\n".join([*lines, "", *_verdict_lines(results, target)])
 

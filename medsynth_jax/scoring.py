@@ -95,7 +95,8 @@ def score(scale: Scale, reference: np.ndarray, image: np.ndarray, mask: np.ndarr
 
   mae, mse, nmae, psnr and SSIM in the mask, both images set to background outside it (which SSIM
   alone sees); `mae_<roi>` and `psnr_<roi>` in each region inside the mask, NaN where it is empty;
-  the papers' conventions (`psnr_s2`) on the images as they are, in model units.
+  the papers' conventions (`psnr_s2`) on whole slices in model units, the image with background
+  outside the mask, as synthesis writes it.
   """
   scores = volume_scores(*(blanked(scale, x, mask) for x in (reference, image)), mask,
                          data_range=scale.data_range, protocols=protocols,
@@ -106,7 +107,7 @@ def score(scale: Scale, reference: np.ndarray, image: np.ndarray, mask: np.ndarr
       if inside.any() else {}
     for metric in ("mae", "psnr"):
       scores[f"{metric}_{roi_label(roi)}"] = part.get(metric, float("nan"))
-  truth, made = scale.model(reference), scale.model(image)
+  truth, made = scale.model(reference), scale.model(blanked(scale, image, mask))
   for paper in PAPERS:
     scores |= paper_scores(truth, made, mask, paper=paper)
   return scores
