@@ -42,6 +42,7 @@ def train(run: Run, store: Store) -> None:
 def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
   """Trains one stage from its latest checkpoint, or from the start, to its last step."""
   section, method, folder = run.sections[stage], run.methods[stage], run.folder / stage
+  store.open()
   augment = pipeline.make_augment(run.config.data.augment, section.misalign, run.info)
   source = pipeline.training(store, run.task, augment, section, run.config, number,
                              jax.process_index(), jax.process_count())

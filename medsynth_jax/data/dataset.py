@@ -284,6 +284,15 @@ class Store:
       raise UserError(f"{path}: missing; the data set is incomplete, prepare it again")
     return tfds.builder_from_directory(str(path)).as_data_source()
 
+  def open(self) -> None:
+    """Opens the files and reads a record of each split; to be called before threads read.
+
+    TFDS replaces the import function while it loads lazily; a library that another thread imports
+    at that moment would keep unloaded modules for good.
+    """
+    for source in self._sources.values():
+      source[0]
+
   def __getstate__(self):
     return {"folder": self.folder, "info": self.info}
 
