@@ -61,16 +61,17 @@ def synthesise(predict: Callable, state, source: np.ndarray, task: Task, *, sour
                target_modality: int, key: jax.Array, batch_size: int, overlap: float = 0.25,
                target: np.ndarray | None = None, put: Callable = jax.device_put,
                numbers: np.ndarray | None = None, progress: Callable = lambda n: None,
-               ) -> np.ndarray:
+               sample: int = 0) -> np.ndarray:
   """The synthetic image of a volume.
 
   Args:
     predict: jitted `method.synthesize`.
     source: [n, H, W, C] model units, without context.
-    target: [n, H, W, 1], only for methods that see the target.
+    target: [n, H, W, C'], only for methods that see the target.
     put: puts a host batch on the devices.
     numbers: make these slices only (2-D); others stay background.
     progress: called with the number of windows done.
+    sample: number of the random draw, for methods that make another image each time.
 
   Returns:
     float32 [n, H, W, channels] in [-1, 1].
@@ -105,6 +106,7 @@ def synthesise(predict: Callable, state, source: np.ndarray, task: Task, *, sour
     batch = _batch(source, target, task, size, chunk, batch_size)
     batch["source_modality"] = np.full(batch_size, source_modality, np.int32)
     batch["target_modality"] = np.full(batch_size, target_modality, np.int32)
+    batch["sample"] = np.full(batch_size, sample, np.int32)
     pending.append((predict(state, put(batch), key), chunk))
     if len(pending) > 2:  # the device works on while the host collects
       collect()

@@ -113,6 +113,9 @@ def test_what_a_batch_holds():
   assert all("target" not in b for b in batches) and done == [4, 1]
   assert batches[0]["source_modality"].tolist() == [0] * 4
   assert batches[0]["target_modality"].tolist() == [1] * 4
+  assert batches[0]["sample"].tolist() == [0] * 4 and batches[0]["sample"].dtype == np.int32
+  run(keep, source, (8, 8), sample=5)
+  assert batches[-1]["sample"].tolist() == [5] * 4
   image = run(lambda s, b, k: b["target"], source, (8, 8), target=volume(5, 8, 8, seed=1))
   np.testing.assert_array_equal(image, volume(5, 8, 8, seed=1))
 
@@ -127,3 +130,13 @@ def test_some_slices_only():
 def test_no_slice_gives_background():
   image = run(pointwise, volume(6, 8, 8), (8, 8), numbers=np.array([], int))
   assert image.shape == (6, 8, 8, 1) and (image == BACKGROUND).all()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (4, 16, 16)])
+def test_channels_are_blended_each_as_it_is(size):
+  """A colour image of three channels passes through overlapping windows."""
+  source = volume(9, 37, 29)
+  scale = np.array([1.0, -0.5, 0.25], np.float32)
+  image = run(lambda s, b, k: b["source"] * scale, source, size)
+  assert image.shape == (9, 37, 29, 3)
+  np.testing.assert_allclose(image, source * scale, atol=1e-6)
