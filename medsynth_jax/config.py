@@ -28,7 +28,8 @@ def stage(method: str, **fields) -> dict[str, Any]:
   """Fields of one training stage, whatever its method."""
   return {
     "method": method, "steps": 1000, "batch_size": 8, "optim": optim(),
-    "draw": "pair",            # how source and target are drawn
+    "draw": "pair",            # how source and target are drawn: "pair"; "single": one image alone
+    "balance": "",             # draw each of these equally often: "category", "category,group"
     "exclude_fold": -1,        # train without the cases of this fold; -1: with all
     "misalign": 0.0,           # simulated misalignment level n: n degrees, 2n % shift and scale
     **fields}
@@ -44,6 +45,7 @@ def base(**fields) -> ConfigDict:
       "source": "t1",          # "[a,b]" stacks several
       "targets": "t2",
       "size": "",              # "96,112" (or three numbers: 3-D patches); empty: holds every slice
+      "fusion": "",            # a PET modality, shown in colour on the source MR: `data/fusion.py`
       "context": 0,            # 2.5-D: neighbouring slices on each side
       "missing": "skip",       # a case that lacks a source: "skip", or "zero" (a presence channel)
       "threads": 4, "prefetch": 2,
@@ -55,7 +57,7 @@ def base(**fields) -> ConfigDict:
         "spacing": "2,2,2",    # mm
         "modalities": "",      # more than source and targets need
         "misaligned": "", "misalignment": 0.0,      # a modality, and by how many mm
-        "missing": "none", "missing_share": 0.0,    # images that are absent: random, group
+        "missing": "none", "missing_share": 0.0,    # absent images: random, group, confounded
         "groups": 1,           # scanners
         "permute": False},     # targets of another subject: nothing can be learned
     },
@@ -63,8 +65,10 @@ def base(**fields) -> ConfigDict:
     "log_every": 25,
     "validate_every": 1000,    # validate on held-out subjects, then save
     "validation_slices": 64,   # at most this many, evenly spread over the validation subjects
-    # mirror: average with the image of the left-right mirrored scan (for nets trained with flips)
-    "synthesis": {"batch_size": 8, "overlap": 0.25, "mirror": False},
+    # mirror: average with the image of the left-right mirrored scan (for nets trained with flips);
+    # samples: evaluation scores their mean; noise: drawn for each "slice", or once a "volume"
+    "synthesis": {"batch_size": 8, "overlap": 0.25, "mirror": False, "samples": 1,
+                  "noise": "slice"},
     "evaluation": {"ssim": "wang", "panels": 2},
     **fields})
 
@@ -75,16 +79,44 @@ def single(method: str, config: ConfigDict, **fields) -> ConfigDict:
   return config
 
 
+FOLD = "fold_"  # names of the stages trained without one fold
+
+
 def stages(config: ConfigDict) -> dict[str, ConfigDict]:
-  """{stage name: the section that holds its fields}, in training order."""
+  """{stage name: the section that holds its fields}, in training order.
+
+  Before a stage with `folds` k stand fold_0 .. fold_{k-1}: copies of its `coarse` stage, each
+  trained without one fold of the training subjects.
+  """
   if "stages" not in config:
     return {config.method: config}
-  return {name: config[name] for name in config.stages}
+  sections: dict[str, ConfigDict] = {}
+  for name in config.stages:
+    section = config[name]
+    if folds(section) and section.coarse not in config.stages:
+      raise UserError(f"{name}.coarse={section.coarse!r}: no stage of this config; choose one of"
+                      f" {', '.join(sections)}, or {name}.folds=0")
+    for fold, stage in enumerate(folds(section)):
+      sections[stage] = ConfigDict({**config[section.coarse].to_dict(), "exclude_fold": fold})
+    sections[name] = section
+  return sections
+
+
+def folds(section: ConfigDict) -> tuple[str, ...]:
+  """The stages that make a stage's coarse training images out of fold."""
+  return tuple(f"{FOLD}{i}" for i in range(section.get("folds", 0)))
 
 
 def needs(section: ConfigDict) -> tuple[str, ...]:
   """Earlier stages whose served states a stage sees."""
-  return tuple(section.get("needs", ()))
+  coarse = section.get("coarse", "")
+  return tuple(dict.fromkeys((*folds(section), *([coarse] if coarse else []),
+                              *section.get("needs", ()))))
+
+
+def target_channels(config: ConfigDict) -> int:
+  """Channels of the images to be made: 3 for a fusion of PET and MR, else 1."""
+  return 3 if names(config.data.targets) == ("fusion",) else 1
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -110,6 +142,9 @@ RANGES = {
   "data.context": (0, None), "data.threads": (0, None), "data.prefetch": (1, None),
   "data.augment.zoom": (1e-3, None), "synthesis.batch_size": (1, None),
   "synthesis.overlap": (0, 0.95), "evaluation.panels": (0, None), "optim.accumulate": (1, None),
+  "synthesis.samples": (1, None), "folds": (0, None), "code_dropout": (0, 0.99),
+  "guidance": (0, None), "start_at": (0.01, 1), "sampler.steps": (1, None),
+  "sampler.eta": (0, 1), "diffusion.steps": (1, None), "min_snr_gamma": (1e-3, None),
   "optim.hold": (0, 1), "optim.ema": (0, 1), "optim.warmup": (0, None), "optim.clip": (0, None),
 }
 

@@ -2,16 +2,18 @@
 
 Batch (arrays only; names stay in dataset.json), `*space` 2-D or 3-D:
   source           [B, *space, C]  float32 in [-1, 1]; several sources and 2.5-D slices stacked
-  target           [B, *space, 1]  float32 in [-1, 1]; removed before `synthesize`
+  target           [B, *space, C]  float32 in [-1, 1], C 1 (3 for a fusion image); removed before
+                                   `synthesize`
   valid            [B, *space, 1]  1 where source and target were both measured: weights every
                                    reconstruction loss
   mask             [B, *space, 1]  body and valid, for scores
   source_modality, target_modality, subject, volume, slice, fold   [B] int32
   paired           [B] float32, 0 where `target` is not this case's
   weight           [B] float32, 0 for the repetitions that fill the last batch of an evaluation
+  sample           [B] int32, in synthesis only: which of several samples is drawn
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +47,8 @@ class Method(NamedTuple):
   aux: batch -> {name: array}; sees_target: reconstructs the target, a bound never offered to users
   factor: every spatial size must be a multiple of it
   many_targets: makes the modality that the batch's `target_modality` names
+  stochastic: synthesis draws a sample; the batch's `sample` says which
+  note: what a reader of its scores has to know
   """
   init: Callable
   step: Callable
@@ -55,6 +59,8 @@ class Method(NamedTuple):
   sees_target: bool = False
   factor: int = 1
   many_targets: bool = False
+  stochastic: bool = False
+  note: str = ""
 
 
 class Average(NamedTuple):
@@ -116,6 +122,17 @@ def earlier(state: State, stage: str) -> State:
   return state.frozen[stage].replace(frozen=state.frozen)
 
 
-def example_keys(key: jax.Array, batch: Batch, sample: int = 0) -> jax.Array:
-  """One key an example [B]: of the sample and the slice, not of the place in the batch."""
-  return jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(key, sample), k))(batch["slice"])
+def example_keys(key: jax.Array, batch: Batch, noise: str = "slice") -> jax.Array:
+  """One key an example [B]: of the sample and the slice, not of the place in the batch.
+
+  With `noise` "volume" all slices share the noise of their sample.
+  """
+  slices = batch["slice"] if noise == "slice" else jnp.zeros_like(batch["slice"])
+  samples = batch.get("sample", jnp.zeros_like(slices))
+  fold = jax.random.fold_in
+  return jax.vmap(lambda sample, k: fold(fold(key, sample), k))(samples, slices)
+
+
+def category(batch: Batch, codes: Sequence[int]) -> jax.Array:
+  """The place [B] of each example's target modality in `codes`, the numbers of the targets."""
+  return jnp.argmax(batch["target_modality"][:, None] == jnp.asarray(codes), -1)

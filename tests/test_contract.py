@@ -8,7 +8,16 @@ import pytest
 
 from medsynth_jax import config as configs
 from medsynth_jax import optim
-from medsynth_jax.contract import Method, State, averaged, create, example_keys, served, update
+from medsynth_jax.contract import (
+  Method,
+  State,
+  averaged,
+  category,
+  create,
+  example_keys,
+  served,
+  update,
+)
 
 
 def state_of(txs, nets):
@@ -91,5 +100,13 @@ def test_keys_depend_on_sample_and_slice_only():
   key = jax.random.key(3)
   a = jax.random.key_data(example_keys(key, {"slice": jnp.array([5, 7])}))
   b = jax.random.key_data(example_keys(key, {"slice": jnp.array([9, 9, 7])}))
-  c = jax.random.key_data(example_keys(key, {"slice": jnp.array([5, 7])}, sample=1))
+  second = {"slice": jnp.array([5, 7]), "sample": jnp.array([1, 1])}
+  c = jax.random.key_data(example_keys(key, second))
   assert (a[1] == b[2]).all() and (a[0] != a[1]).any() and (a != c).any()
+  d = jax.random.key_data(example_keys(key, {"slice": jnp.array([5, 7])}, noise="volume"))
+  assert (d[0] == d[1]).all()
+
+
+def test_category_is_the_place_among_the_targets():
+  batch = {"target_modality": jnp.array([4, 2, 4])}
+  assert category(batch, (2, 4)).tolist() == [1, 0, 1]
