@@ -8,9 +8,10 @@ from ml_collections import ConfigDict
 
 from medsynth_jax import config as configs
 from medsynth_jax.data.dataset import Store, dequantise
+from medsynth_jax.data.draws import training_index
 from medsynth_jax.data.examples import make_task
 from medsynth_jax.data.intensities import to_model
-from medsynth_jax.data.pipeline import Augment, Examples, example_batch, training, training_index
+from medsynth_jax.data.pipeline import Augment, Examples, example_batch, training
 from medsynth_jax.errors import UserError
 
 ROW = np.array([1, 4, 0], np.int32)  # volume 1, slice 4

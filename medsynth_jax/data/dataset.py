@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from medsynth_jax.data import fusion
 from medsynth_jax.data.intensities import Scaling, to_model
 from medsynth_jax.errors import UserError
 
@@ -53,6 +54,11 @@ class Modality:
   def channels(self) -> int:
     """Number of channels of this modality as a source."""
     return len(self.source)
+
+
+# what is derived of a source MR and a PET, never stored: see `data/fusion.py`
+FUSION = Modality(fusion.NAME, "rgb", "1", 0.0, (), {"kind": "window", "low": 0.0, "high": 1.0},
+                  Scaling("linear", 0.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +133,13 @@ class Info:
     return tuple(n for n in self.modalities if not n.startswith(CEILING))
 
   def index(self, modality: str) -> int:
-    """The number of a modality in batches and in the bits of `valid`."""
-    return tuple(self.modalities).index(self.modality(modality).name)
+    """The number of a modality in batches and in the bits of `valid`; a fusion's is behind them."""
+    return (*self.modalities, fusion.NAME).index(self.modality(modality).name)
 
   def modality(self, name: str) -> Modality:
-    """The modality of that name; a UserError lists the known names."""
+    """The modality of that name, "fusion" included; a UserError lists the known names."""
+    if name == fusion.NAME and name not in self.modalities:
+      return FUSION
     if name not in self.modalities:
       raise UserError(f"unknown modality '{name}': the data set has {', '.join(self.names)}")
     return self.modalities[name]

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medsynth_jax import config as configs
+from medsynth_jax.data import fusion
 from medsynth_jax.data.dataset import Case, Info
 from medsynth_jax.data.intensities import Scaling, to_model
 from medsynth_jax.errors import UserError
@@ -18,12 +19,17 @@ BACKGROUND = -1.0
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is made from what: sources, targets, the network's input size, 2.5-D context."""
+  """What is made from what: sources, targets, the network's input size, 2.5-D context.
+
+  `fusion` is the PET modality that is shown in colour on the first source: learned so (targets is
+  "fusion"), or rendered from a synthetic PET; empty where there is no fusion.
+  """
   sources: tuple[str, ...]
   targets: tuple[str, ...]
   size: tuple[int, ...]
   context: int = 0
   presence: bool = False
+  fusion: str = ""
 
   @property
   def direction(self) -> str:
@@ -33,6 +39,15 @@ class Task:
     """Channels of `source`."""
     one = sum(info.modality(m).channels + self.presence for m in self.sources)
     return one * (2 * self.context + 1)
+
+  @property
+  def target_channels(self) -> int:
+    """Channels of `target`."""
+    return 3 if fusion.NAME in self.targets else 1
+
+  def measured(self, target: str) -> str:
+    """The modality that a target is measured by: the PET of a fusion, else the target."""
+    return self.fusion if target == fusion.NAME else target
 
 
 def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
@@ -44,18 +59,20 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
       data set is rounded up to it.
 
   Raises:
-    UserError: unknown modality, source among the targets, bad context, size or missing policy.
+    UserError: unknown modality, source among the targets, bad context, size, missing policy or
+      fusion.
   """
   sources, targets = configs.names(data.source), configs.names(data.targets)
   for field, chosen in (("data.source", sources), ("data.targets", targets)):
     if not chosen:
       raise UserError(f"{field} is empty; the data set has {', '.join(info.names)}")
     for name in chosen:
-      if name not in info.names:
+      if name not in info.names and (name, field) != (fusion.NAME, "data.targets"):
         raise UserError(f"{field}: unknown modality '{name}'; the data set has"
                         f" {', '.join(info.names)}")
   if set(sources) & set(targets):
     raise UserError(f"data.source and data.targets share {sorted(set(sources) & set(targets))}")
+  _check_fusion(data.get("fusion", ""), sources, targets, info)
   if data.missing not in MISSING:
     raise UserError(f"data.missing={data.missing!r}: choose one of {', '.join(MISSING)}")
   size = configs.sizes(data.size)
@@ -69,7 +86,30 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
                     f" network needs; use {good}")
   if data.context < 0 or (data.context and len(size) == 3):
     raise UserError(f"data.context={data.context}: neighbouring slices are 0 or more, in 2-D only")
-  return Task(sources, targets, size, data.context, data.missing == "zero")
+  return Task(sources, targets, size, data.context, data.missing == "zero", data.get("fusion", ""))
+
+
+def _check_fusion(pet: str, sources: tuple[str, ...], targets: tuple[str, ...],
+                  info: Info) -> None:
+  learned = fusion.NAME in targets
+  if learned and len(targets) > 1:
+    raise UserError(f"data.targets={','.join(targets)}: a fusion image has three channels, so it"
+                    " is the only target of its run")
+  pets = [n for n in info.names if info.modality(n).type == "pet"]
+  if not pet:
+    if learned:
+      raise UserError("data.targets=fusion shows a PET on the source: say which by data.fusion;"
+                      f" this data set has {', '.join(pets) or 'none'}")
+    return
+  if pet not in pets:
+    raise UserError(f"data.fusion='{pet}' is no PET modality; this data set has"
+                    f" {', '.join(pets) or 'none'} (the type is set when it is prepared)")
+  if info.modality(sources[0]).type != "mr":
+    raise UserError(f"data.fusion={pet}: PET is shown on the first source, which must be an MR;"
+                    f" '{sources[0]}' is of type {info.modality(sources[0]).type}")
+  if pet in sources or not (learned or pet in targets):
+    raise UserError(f"data.fusion={pet}: it is to be synthesised; set data.targets=fusion to learn"
+                    f" the colour image, or data.targets={pet} to render it afterwards")
 
 
 def _in_plane(case: Case, info: Info) -> tuple[int, ...]:
@@ -77,9 +117,14 @@ def _in_plane(case: Case, info: Info) -> tuple[int, ...]:
 
 
 def usable(case: Case, task: Task, target: str) -> bool:
-  """Whether a case has the target and the sources (any of them, with a presence channel)."""
+  """Whether a case has the target and the sources (any of them, with a presence channel).
+
+  A fusion needs the first source, on which it is shown.
+  """
   have = [m in case.images for m in task.sources]
-  return target in case.images and (any(have) if task.presence else all(have))
+  if target == fusion.NAME and not have[0]:
+    return False
+  return task.measured(target) in case.images and (any(have) if task.presence else all(have))
 
 
 def source_channels(images: Mapping[str, np.ndarray], scalings: Mapping[str, Sequence[Scaling]],
@@ -107,9 +152,48 @@ def case_source(arrays: Mapping[str, Any], case: Case, task: Task, info: Info) -
   return source_channels(images, {m: case.images[m].source for m in images}, task, info)
 
 
+def case_target(arrays: Mapping[str, Any], case: Case, task: Task, info: Info,
+                target: str) -> np.ndarray:
+  """The target of a case in model units, float32 [n, H, W, C]; C is 3 for a fusion, else 1.
+
+  The scaling is the case's own as a target.
+  """
+  if target == fusion.NAME:
+    suv = arrays["images"][task.fusion]
+    return 2 * fused(case_source(arrays, case, task, info), suv) - 1
+  image = to_model(case.images[target].target, arrays["images"][target])
+  return image[..., None].astype(np.float32)
+
+
+def fused(source: np.ndarray, suv: np.ndarray) -> np.ndarray:
+  """The fusion image [n, H, W, 3] in 0..1 of `source` [n, H, W, C] (its first channel) and SUV."""
+  return fusion.render((source[..., 0] + 1) / 2, suv).astype(np.float32)
+
+
+def single_images(task: Task, info: Info) -> tuple[tuple[str, int], ...]:
+  """The one-channel images that a task is made of: (modality, channel) each.
+
+  Of a source every channel once (two by the same rule are one image); of a target (which is no
+  source) its target scaling, as channel -1.
+  """
+  images = []
+  for name in task.sources:
+    rules = info.modality(name).source
+    images += [(name, i) for i, rule in enumerate(rules) if rule not in rules[:i]]
+  return (*images, *((name, -1) for name in task.targets))
+
+
+def case_image(arrays: Mapping[str, Any], case: Case, modality: str, channel: int) -> np.ndarray:
+  """One of `single_images` in model units, float32 [n, H, W, 1]."""
+  image = case.images[modality]
+  scaling = image.target if channel < 0 else image.source[channel]
+  return to_model(scaling, arrays["images"][modality])[..., None].astype(np.float32)
+
+
 def case_valid(arrays: Mapping[str, Any], case: Case, task: Task, target: str) -> np.ndarray:
   """Where the target and every present source were measured, bool [n, H, W]."""
-  there = [arrays["valid"][m] for m in (target, *task.sources) if m in case.images]
+  sides = (task.measured(target), *task.sources)
+  there = [arrays["valid"][m] for m in sides if m in case.images]
   return np.logical_and.reduce(there)
 
 

@@ -7,20 +7,21 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import ndimage
 
+from medsynth_jax.data import draws, fusion
 from medsynth_jax.data.dataset import Info, Store
 from medsynth_jax.data.examples import (
   BACKGROUND,
   Task,
+  case_image,
   case_source,
+  case_target,
   case_valid,
   neighbours,
+  single_images,
   stack_context,
   usable,
 )
-from medsynth_jax.data.intensities import to_model
 from medsynth_jax.errors import UserError
-
-DRAWS = ("pair",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,32 +52,6 @@ def make_augment(augment: ConfigDict, misalign: float, info: Info) -> Augment:
   return Augment(**augment.to_dict(), misalign=misalign)
 
 
-def training_index(info: Info, task: Task, exclude_fold: int = -1) -> np.ndarray:
-  """Rows (volume, slice, target number) of the training cases, int32 [n, 3].
-
-  Only slices with enough foreground of a source are listed.
-
-  Raises:
-    UserError: no training case has both sides, or none of their slices holds foreground.
-  """
-  rows, cases = [], 0
-  for case in info.split("train"):
-    if exclude_fold >= 0 and case.fold == exclude_fold:
-      continue
-    for number, target in enumerate(task.targets):
-      if usable(case, task, target):
-        cases += 1
-        slices = sorted({k for m in task.sources if m in case.images for k in case.foreground[m]})
-        rows += [(case.volume, k, number) for k in slices]
-  pair = f"{task.direction} and {', '.join(task.targets)}"
-  if not cases:
-    raise UserError(f"no training case has {pair}; see the table of counts in dataset.json")
-  if not rows:
-    raise UserError(f"no slice left: no training slice with {pair} has enough foreground of the"
-                    " source; lower `min_foreground` in configs/prepare.py")
-  return np.array(rows, np.int32)
-
-
 def skipped(info: Info, task: Task) -> dict[str, int]:
   """{target: training cases that cannot be used for it}, to be told to the user."""
   train = info.split("train")
@@ -86,14 +61,15 @@ def skipped(info: Info, task: Task) -> dict[str, int]:
 class Examples:
   """Turns a row of the training index into one example; a Grain random map."""
 
-  def __init__(self, store: Store, task: Task, augment: Augment):
+  def __init__(self, store: Store, task: Task, augment: Augment, draw: str = "pair"):
     self.store, self.task, self.augment = store, task, augment
+    self.singles = single_images(task, store.info) if draw == "single" else ()
     self.subjects = {s: i for i, s in enumerate(sorted({c.subject for c in store.info.cases}))}
 
   def __call__(self, row: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     volume, k, number = (int(x) for x in row)
     info, task = self.store.info, self.task
-    case, target = info.cases[volume], task.targets[number]
+    case = info.cases[volume]
     count = case.shape[info.plane]
     deep = len(task.size) == 3
     if deep:
@@ -102,24 +78,35 @@ class Examples:
     else:
       numbers, centre = neighbours(k, count, task.context), slice(task.context, task.context + 1)
     arrays = self.store.slices(case, numbers)
-    source = case_source(arrays, case, task, info)
-    truth = to_model(case.images[target].target, arrays["images"][target][centre])[..., None]
-    valid = case_valid(arrays, case, task, target)[centre]
-    mask = valid & arrays["mask"][centre]
+    sides, source, target, valid = self._images(arrays, case, number)
+    mask = valid & arrays["mask"]
     if not deep:
       source = stack_context(source)[None]
-    # from a stream of its own, so that these fields change no other draw
-    source = _recoloured(source, self.augment, rng.spawn(1)[0])
-    parts = self._augmented(source, truth.astype(np.float32), valid, mask, rng)
+    if sides[0] in task.sources:
+      # from a stream of its own, so that these fields change no other draw
+      source = _recoloured(source, self.augment, rng.spawn(1)[0])
+    target = source if self.singles else target[centre]
+    parts = self._augmented(source, target, valid[centre], mask[centre], rng)
     example = dict(zip(("source", "target", "valid", "mask"), parts, strict=True))
     if deep:
       example = {n: _fit_depth(x, task.size[0], n) for n, x in example.items()}
     else:
       example = {n: x[0] for n, x in example.items()}
-    return {**example, "source_modality": np.int32(info.index(task.sources[0])),
-            "target_modality": np.int32(info.index(target)),
+    return {**example, "source_modality": np.int32(info.index(sides[0])),
+            "target_modality": np.int32(info.index(sides[1])),
             "subject": np.int32(self.subjects[case.subject]), "volume": np.int32(volume),
             "slice": np.int32(k), "fold": np.int32(case.fold), "paired": np.float32(1)}
+
+  def _images(self, arrays, case, number):
+    """(source's and target's names), source, target and where they were measured, of a row."""
+    task, info = self.task, self.store.info
+    if self.singles:
+      name, channel = self.singles[number]
+      image = case_image(arrays, case, name, channel)
+      return (name, name), image, image, arrays["valid"][name]
+    target = task.targets[number]
+    return ((task.sources[0], target), case_source(arrays, case, task, info),
+            case_target(arrays, case, task, info, target), case_valid(arrays, case, task, target))
 
   def _augmented(self, source, target, valid, mask, rng):
     """Warps, mirrors, crops: [n, H, W, ...] -> [n, *in-plane size, C], one draw for all."""
@@ -211,18 +198,23 @@ def training(store: Store, task: Task, augment: Augment, section: ConfigDict, co
   """An endless, checkpointable iterator of this process's share of the training batches.
 
   Slicing by process comes after shuffling and repeating, so that global batch k is the same set of
-  examples for any number of processes.
+  examples for any number of processes. With `section.balance` every cell (see `draws.cells`) gives
+  one example to each run of as many examples as there are cells, in random order.
 
   Raises:
-    UserError: nothing to train on, an unknown `draw`, a batch that does not divide over processes.
+    UserError: nothing to train on, a bad `draw`, `balance` or fold, a recoloured source below a
+      fusion image, a batch that does not divide over processes.
   """
-  if section.draw not in DRAWS:
-    raise UserError(f"draw={section.draw!r}: choose one of {', '.join(DRAWS)}")
+  draws.check(store.info, task, section)
+  if fusion.NAME in task.targets and (augment.gamma or augment.contrast):
+    raise UserError("data.augment.gamma and contrast recolour the source, which a fusion image"
+                    " holds in grey; set both to 0")
   if section.batch_size % processes:
     raise UserError(f"batch_size={section.batch_size} does not divide over {processes} processes")
-  index = training_index(store.info, task, section.exclude_fold)
-  examples = (grain.MapDataset.source(index).seed(config.seed + stage).shuffle().repeat()
-              .random_map(Examples(store, task, augment)))
+  index = draws.training_index(store.info, task, section.exclude_fold, section.draw)
+  seed = config.seed + stage
+  rows = _mixed(draws.cells(store.info, index, section.get("balance", "")), seed)
+  examples = rows.random_map(Examples(store, task, augment, section.draw))
   # without drop_remainder Grain rounds the endless length up, beyond what len() may return at 1
   batches = examples[process::processes].batch(section.batch_size // processes,
                                                drop_remainder=True)
@@ -231,10 +223,24 @@ def training(store: Store, task: Task, augment: Augment, section: ConfigDict, co
   return batches.to_iter_dataset(options)
 
 
-def example_batch(task: Task, info: Info) -> dict[str, np.ndarray]:
-  """A batch of one example of zeros, in the shapes of training."""
+def _mixed(cells: list[np.ndarray], seed: int) -> grain.MapDataset:
+  """Endless rows: of each cell a shuffled pass after another, as many of each."""
+  if len(cells) == 1:
+    return grain.MapDataset.source(cells[0]).seed(seed).shuffle().repeat()
+  parts = [grain.MapDataset.source(rows).seed(int(s)).shuffle().repeat() for rows, s in
+           zip(cells, np.random.SeedSequence(seed).generate_state(len(cells)), strict=True)]
+  mixed = grain.MapDataset.mix(parts)
+  # Grain mixes in turn: with two processes one would see every other cell only
+  return grain.experimental.WindowShuffleMapDataset(mixed, window_size=len(cells),
+                                                    seed=seed).seed(seed)
+
+
+def example_batch(task: Task, info: Info, draw: str = "pair") -> dict[str, np.ndarray]:
+  """A batch of one example of zeros, in the shapes of training by `draw`."""
   space = (1, *task.size)
-  images = {"source": task.channels(info), "target": 1, "valid": 1, "mask": 1}
+  single = draw == "single"
+  images = {"source": 1 if single else task.channels(info),
+            "target": 1 if single else task.target_channels, "valid": 1, "mask": 1}
   numbers = ("source_modality", "target_modality", "subject", "volume", "slice", "fold")
   return {**{n: np.zeros((*space, c), np.float32) for n, c in images.items()},
           **{n: np.zeros(1, np.int32) for n in numbers}, "paired": np.zeros(1, np.float32)}

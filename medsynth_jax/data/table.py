@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from medsynth_jax.data import fusion
 from medsynth_jax.data.dataset import CEILING, SPLITS
 from medsynth_jax.data.volumes import EXTENSIONS, extension
 from medsynth_jax.errors import UserError
@@ -17,7 +18,8 @@ FOREIGN = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".npy", ".npz", ".m
            ".mgz", ".h5", ".zip")
 RESERVED = ("subject", "session", "split", "fold", "group", "mask")
 REGION = "mask_"
-RECORD_FIELDS = ("volume", "slice", "valid", "regions")  # names that a record uses itself
+# names that a record uses itself, and that of the image which is derived
+TAKEN = ("volume", "slice", "valid", "regions", fusion.NAME)
 SPLIT_NAMES = {**{s: s for s in SPLITS}, "training": "train", "val": "validation",
                "valid": "validation", "testing": "test"}
 
@@ -131,9 +133,9 @@ def _check_modalities(path: Path, modalities: tuple[str, ...], rois: tuple[str, 
     raise UserError(f"{path}: no column of images; add one a modality, whose cells are files"
                     f" ending in {', '.join(EXTENSIONS)} or folders of a DICOM series")
   for name in (*modalities, *rois):
-    if not re.fullmatch(r"[A-Za-z0-9_+-]+", name) or name in RECORD_FIELDS:
+    if not re.fullmatch(r"[A-Za-z0-9_+-]+", name) or name in TAKEN:
       raise UserError(f"{path}: '{name}' cannot name an image column; use letters, digits, '_',"
-                      f" '-' and '+', and none of {', '.join(RECORD_FIELDS)}")
+                      f" '-' and '+', and none of {', '.join(TAKEN)}")
     if name.startswith(CEILING) and name.removeprefix(CEILING) not in images:
       raise UserError(f"{path}: column '{name}' is the noise-free image of a modality that is no"
                       f" column; add '{name.removeprefix(CEILING)}' or remove it")
