@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from medsynth_jax.errors import UserError
+from medsynth_jax.nets.autoencoder_kl import AutoencoderKL
+from medsynth_jax.nets.diffusion_unet import DiffusionUNet
 from medsynth_jax.nets.patchgan import PatchGAN, SpineDiscriminator
 from medsynth_jax.nets.resnet_generator import ResNetGenerator
 from medsynth_jax.nets.unet import AttentionUNet, UNet
@@ -17,6 +19,8 @@ NETS = {
   "att_unet": AttentionUNet,
   "unet_generator": UNetGenerator,
   "resnet": ResNetGenerator,
+  "diffusion_unet": DiffusionUNet,
+  "autoencoder_kl": AutoencoderKL,
   "patchgan": PatchGAN,
   "spine_discriminator": SpineDiscriminator,
 }

@@ -1,0 +1,181 @@
+"""What the diffusion U-Net and the autoencoder share: group norm, residual block, attention.
+
+All take [B, *space, C], 2-D or 3-D by the rank of the input.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from medsynth_jax.errors import UserError
+from medsynth_jax.nets.conv import Conv, kernel_init
+
+ZEROS = "normal_0"  # the initialiser of layers that start without effect
+
+
+def shrink(x):
+  """Halves every spatial axis of [B, *space, C] by the mean of each 2x2(x2) block."""
+  shape = [x.shape[0]]
+  for size in x.shape[1:-1]:
+    shape += [size // 2, 2]
+  return x.reshape(*shape, x.shape[-1]).mean(tuple(range(2, 2 * x.ndim - 3, 2)))
+
+
+def enlarge(x):
+  """Doubles every spatial axis of [B, *space, C] by repetition."""
+  # A broadcast: faster on the CPU than `jax.image.resize`, whose gradient scatters.
+  shape, out = [x.shape[0]], [x.shape[0]]
+  for size in x.shape[1:-1]:
+    shape += [size, 2]
+    out.append(2 * size)
+  x = jnp.expand_dims(x, tuple(range(2, 2 * x.ndim - 3, 2)))
+  return jnp.broadcast_to(x, (*shape, x.shape[-1])).reshape(*out, x.shape[-1])
+
+
+def groups_for(channels: int, groups: int) -> int:
+  """The greatest common divisor of both: `groups` itself for the usual widths."""
+  return math.gcd(channels, groups)
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation (Wu and He 2018, arXiv 1803.08494) with float32 statistics.
+
+  Channels that `groups` does not divide are split into gcd(groups, channels) groups, so that
+  narrow networks work with the usual 32. With as many groups as channels the norm erases each
+  channel's mean (it is an instance norm); narrow networks are better with fewer groups.
+
+  `scale` and `shift` [B, C], where given, modulate the result: y * (1 + scale) + shift. Raises
+  UserError where a group has one value, because its output would not depend on the input.
+
+  Attributes:
+    groups: groups wanted.
+    dtype: type of the output; the computation is float32.
+  """
+
+  groups: int = 32
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, scale=None, shift=None):
+    channels = x.shape[-1]
+    groups = groups_for(channels, self.groups)
+    y = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
+    if y.shape[1] * y.shape[3] == 1:
+      raise UserError(
+        f"image size: the network shrinks it to one position, where group norm of {channels} "
+        f"channels in {groups} groups gives zeros; use a larger size or fewer groups"
+      )
+    y = y - y.mean((1, 3), keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + 1e-5)
+    y = y.reshape(x.shape[0], -1, channels)
+    y = y * self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    y = y + self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    if scale is not None:
+      y = y * (1 + scale[:, None]) + shift[:, None]
+    return y.reshape(x.shape).astype(self.dtype)
+
+
+def dense(features: int, dtype, name: str, initializer: str = "torch") -> nn.Dense:
+  """A matrix over channels: the 1x1 convolution, whose weight gradient is faster this way."""
+  return nn.Dense(features, dtype=dtype, kernel_init=kernel_init(initializer), name=name)
+
+
+class ResidualBlock(nn.Module):
+  """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), the second convolution starting at zero.
+
+  The shortcut is a 1x1 convolution where the channels change. An embedding [B, E] enters between
+  the convolutions: added, or as scale and shift of the second norm.
+
+  Attributes:
+    features: channels of the output.
+    groups: see `GroupNorm`.
+    resample: "none", or "up" or "down" by 2 (nearest, mean) before the first convolution and in
+      the shortcut.
+    scale_shift: the embedding modulates the norm instead of being added.
+    dropout: rate before the second convolution (rng "dropout").
+    deterministic: no dropout.
+    dtype: computing type.
+  """
+
+  features: int
+  groups: int = 32
+  resample: str = "none"
+  scale_shift: bool = False
+  dropout: float = 0.0
+  deterministic: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, embedding=None):
+    change = {"none": lambda y: y, "up": enlarge, "down": shrink}[self.resample]
+    y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_0")(x))
+    y = Conv(self.features, dtype=self.dtype, name="conv_0")(change(y))
+    modulation = ()
+    if embedding is not None:
+      width = self.features * (2 if self.scale_shift else 1)
+      code = dense(width, jnp.float32, "embedding")(nn.silu(embedding))
+      if self.scale_shift:
+        modulation = jnp.split(code, 2, axis=-1)
+      else:
+        y = y + code.reshape(len(y), *(1,) * (y.ndim - 2), -1).astype(y.dtype)
+    y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_1")(y, *modulation))
+    y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+    y = Conv(self.features, initializer=ZEROS, dtype=self.dtype, name="conv_1")(y)
+    x = change(x).astype(self.dtype)
+    if x.shape[-1] != self.features:
+      x = dense(self.features, self.dtype, "shortcut")(x)
+    return x + y
+
+
+class Attention(nn.Module):
+  """x + self-attention of all positions, the output projection starting at zero.
+
+  Memory grows with the square of the number of positions. Raises UserError where `heads` does not
+  divide the channels.
+
+  Attributes: as `ResidualBlock`, but for `heads`, the number of attention heads.
+  """
+
+  heads: int = 1
+  groups: int = 32
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    channels = x.shape[-1]
+    if channels % self.heads:
+      raise UserError(f"heads={self.heads} does not divide the {channels} channels under attention")
+    y = GroupNorm(self.groups, self.dtype, name="norm")(x)
+    y = dense(3 * channels, self.dtype, "qkv")(y.reshape(len(x), -1, channels))
+    y = y.reshape(*y.shape[:2], 3, self.heads, channels // self.heads)
+    y = jax.nn.dot_product_attention(y[:, :, 0], y[:, :, 1], y[:, :, 2])
+    y = dense(channels, self.dtype, "out", ZEROS)(y.reshape(*y.shape[:2], channels))
+    return x + y.reshape(x.shape)
+
+
+class Downsample(nn.Module):
+  """Halves every spatial axis by a 3x3 convolution of stride 2."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    return Conv(x.shape[-1], stride=2, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+  """Doubles every spatial axis by repetition and a 3x3 convolution."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    return Conv(x.shape[-1], dtype=self.dtype, name="conv")(enlarge(x))
+
+
+def rematerialised(block: type[nn.Module], on: bool) -> type[nn.Module]:
+  """The block, whose inner values are computed again for the gradient instead of kept if `on`."""
+  return nn.remat(block) if on else block
