@@ -9,7 +9,7 @@ from medsynth_jax.metrics.volume import PAPERS
 
 FEWEST = 5  # subjects for a confidence interval
 RESAMPLES = 9999
-HIGHER = ("psnr", "ssim", "ncc")  # better; all other metrics are errors
+HIGHER = ("psnr", "ssim", "ncc", "auc")  # better; all other metrics are errors
 
 
 def higher_is_better(metric: str) -> bool:
@@ -18,14 +18,14 @@ def higher_is_better(metric: str) -> bool:
 
 
 def unit_of(metric: str, scale: str) -> str:
-  """The metric's unit, where images are in `scale` ("HU", "SUV", "normalised").
+  """The metric's unit, where images are in `scale` ("HU", "SUV", "normalised"; "1": colours).
 
   A name may end in a paper ("mae_s2") or a region ("mae_lesion").
   """
   base, _, paper = metric.partition("_")
   if base == "psnr":
     return "dB"
-  if base in ("ssim", "ncc", "nmae"):
+  if base in ("ssim", "ncc", "nmae", "auc") or scale == "1":
     return "1"
   if paper in PAPERS:  # a paper's convention has a scale of its own, whatever the images' unit
     scale = "grey levels of 255" if paper == "s2" else "[0, 1]"
@@ -74,10 +74,17 @@ def summarise(values: Iterable[float], metric: str, unit: str, seed: int = 0) ->
     "mean": float(values.mean()),
     "sd": float(values.std(ddof=1)) if finite and len(values) > 1 else None,
     "median": float(np.median(values)),
-    "worst": float(values.min() if higher_is_better(metric) else values.max()),
+    "worst": _worst(values, metric),
     "ci95": confidence(values, seed) if finite and len(values) >= FEWEST else None,
     "unit": unit,
   }
+
+
+def _worst(values: np.ndarray, metric: str) -> float:
+  """The value of the worst subject; of a bias, which has a sign, the one farthest from zero."""
+  if "bias" in metric.split("_")[:2]:
+    return float(values[np.abs(values).argmax()])
+  return float(values.min() if higher_is_better(metric) else values.max())
 
 
 def confidence(values: np.ndarray, seed: int = 0) -> list[float]:

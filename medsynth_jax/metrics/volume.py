@@ -1,7 +1,8 @@
 """Scores of one volume: voxels pooled over the mask, in batches of slices of bounded memory.
 
 Slice means are not volume scores (slices of one brain range over 8 dB), so they are only offered
-under the name of the paper that reports them.
+under the name of the paper that reports them. Images of several channels (a fusion image) are
+[n, H, W, C]: errors are pooled over the channels, SSIM is the mean of theirs.
 """
 
 from collections.abc import Sequence
@@ -86,11 +87,12 @@ def _ssim_3d(reference, image, mask, data_range, protocol, background) -> float:
 
 def _checked(reference, image, mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   reference, image = np.asarray(reference, np.float32), np.asarray(image, np.float32)
-  mask = np.ones(reference.shape, bool) if mask is None else np.asarray(mask) != 0
-  if reference.ndim != 3 or not reference.shape == image.shape == mask.shape:
+  mask = np.ones(reference.shape[:3], bool) if mask is None else np.asarray(mask) != 0
+  alike = reference.shape == image.shape and reference.shape[:3] == mask.shape
+  if reference.ndim not in (3, 4) or not alike:
     raise ValueError(
-      f"scores need one shape [n, H, W]; reference {reference.shape}, image {image.shape},"
-      f" mask {mask.shape}"
+      f"scores need one shape [n, H, W] or [n, H, W, C]; reference {reference.shape}, image"
+      f" {image.shape}, mask {mask.shape}"
     )
   if not mask.any():
     raise ValueError("scores need a voxel in the mask; it is empty")
@@ -98,6 +100,12 @@ def _checked(reference, image, mask) -> tuple[np.ndarray, np.ndarray, np.ndarray
     if not np.isfinite(array[mask]).all():
       raise ValueError(f"scores need finite voxels; the {name} has NaN or Inf in the mask")
   return reference, image, mask
+
+
+def _channels(*images: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+  """Images of several channels [n, H, W, C] as one tuple of [n, H, W] a channel."""
+  return list(zip(*(np.moveaxis(i, -1, 0) if i.ndim == 4 else i[None] for i in images),
+                  strict=True))
 
 
 def volume_scores(
@@ -111,6 +119,8 @@ def volume_scores(
 ) -> dict[str, float]:
   """The scores of one volume [n, H, W] in its physical unit, pooled over the mask's voxels.
 
+  [n, H, W, C] under the same mask [n, H, W]: pooled over channels, SSIM their mean.
+
   Returns mae, mse, nmae (by `data_range`), psnr, and for each SSIM protocol `ssim_<protocol>`
   ("wang" is plain `ssim`): 2-D windows on the n slices, 3-D ones for "synthrad", which needs
   `background`; the map is averaged over the windows centred in the mask. An SSIM is NaN where no
@@ -119,6 +129,11 @@ def volume_scores(
   """
   reference, image, mask = _checked(reference, image, mask)
   data_range = float(data_range)
+  if reference.ndim == 4:
+    each = [volume_scores(r, i, mask, data_range=data_range, protocols=protocols,
+                          background=background) for r, i in _channels(reference, image)]
+    scores = {name: float(np.mean([s[name] for s in each])) for name in each[0]}
+    return scores | {"psnr": float(_psnr(data_range, scores["mse"]))}
   fitting = {
     p: similarity.fits(p, reference.shape if p in VOLUMETRIC else reference.shape[1:])
     for p in protocols
@@ -130,8 +145,8 @@ def volume_scores(
   flat = tuple(p for p in protocols if p not in VOLUMETRIC and fitting[p])
   parts = _per_slice(reference, image, mask, data_range, flat)
   mae, mse = _pooled(parts[0], parts[1]), _pooled(parts[0], parts[2])
-  psnr = float("inf") if mse == 0 else 20 * np.log10(data_range) - 10 * np.log10(mse)
-  scores = {"mae": mae, "mse": mse, "nmae": mae / data_range, "psnr": float(psnr)}
+  psnr = float(_psnr(data_range, mse))
+  scores = {"mae": mae, "mse": mse, "nmae": mae / data_range, "psnr": psnr}
   for p in protocols:
     name = "ssim" if p == "wang" else f"ssim_{p}"
     if not fitting[p]:
@@ -144,13 +159,34 @@ def volume_scores(
   return scores
 
 
+def slice_scores(reference, image, mask, *, data_range: float) -> dict[str, np.ndarray]:
+  """Scores of each slice in its own mask, [n] each: mae, mse, psnr, ssim (Wang) and its `voxels`.
+
+  [n, H, W] or, channels pooled, [n, H, W, C]. NaN where the mask is empty or no window fits. To see
+  how an error goes with what a slice shows: means over slices are no scores of a volume.
+  ValueError as `volume_scores`.
+  """
+  reference, image, mask = _checked(reference, image, mask)
+  protocols = ("wang",) if similarity.fits("wang", reference.shape[1:3]) else ()
+  voxels, mae, mse, ssim = _slices(reference, image, mask, float(data_range), protocols)
+  return {"mae": mae, "mse": mse, "psnr": _psnr(data_range, mse), "ssim": ssim, "voxels": voxels}
+
+
+def _slices(reference, image, mask, data_range, protocols) -> tuple[np.ndarray, ...]:
+  """Per slice: voxels in the mask, MAE, MSE and SSIM (NaN without a protocol), over channels."""
+  parts = np.mean([_per_slice(r, i, mask, data_range, protocols)
+                   for r, i in _channels(reference, image)], 0)
+  return (*parts[:3], parts[4] if protocols else np.full(len(reference), np.nan))
+
+
 def paper_scores(reference, image, mask=None, *, paper: str) -> dict[str, float]:
   """The scores of one volume by a paper's own rule: per slice, then the mean over its slices.
 
   `reference` and `image` [n, H, W] are in model units [-1, 1]; slices with no voxel in `mask` are
   left out, and the mask is used for nothing else. Names end in the paper's.
 
-  "s0" (spine MR to PET/MR fusion): whole slice on [0, 1]: mae, mse, psnr, ssim.
+  "s0" (spine MR to PET/MR fusion): whole slice on [0, 1]: mae, mse, psnr, ssim; also of images of
+  several channels [n, H, W, C].
   "s2" (spine CT to MR): whole slice on 0..255: mae, psnr with the doubled MAX (+48.13 dB).
   "reggan" (Reg-GAN, CTA-GAN): mae and psnr on [0, 1] where the reference is not -1, SSIM of the
   whole slice on [-1, 1]; PSNR at most 100 dB as in their code.
@@ -161,6 +197,8 @@ def paper_scores(reference, image, mask=None, *, paper: str) -> dict[str, float]
   if paper not in PAPERS:
     raise ValueError(f"unknown paper {paper!r}; known: {', '.join(PAPERS)}")
   reference, image, mask = _checked(reference, image, mask)
+  if reference.ndim == 4 and paper not in COLOUR_PAPERS:
+    raise ValueError(f"{paper!r} scores images of one channel, got {reference.shape}")
   used = mask.any(axis=(1, 2))
   return {
     f"{name}_{paper}": float(np.mean(values)) if len(values) else float("nan")
@@ -174,11 +212,10 @@ def _psnr(data_range, mse):
 
 
 def _s0(reference, image):
-  everywhere = np.ones(reference.shape, bool)
-  protocols = ("wang",) if similarity.fits("wang", reference.shape[1:]) else ()
-  parts = _per_slice((reference + 1) / 2, (image + 1) / 2, everywhere, 1.0, protocols)
-  ssim = parts[4] if protocols else np.full(len(reference), np.nan)
-  return {"mae": parts[1], "mse": parts[2], "psnr": _psnr(1.0, parts[2]), "ssim": ssim}
+  everywhere = np.ones(reference.shape[:3], bool)
+  protocols = ("wang",) if similarity.fits("wang", reference.shape[1:3]) else ()
+  _, mae, mse, ssim = _slices((reference + 1) / 2, (image + 1) / 2, everywhere, 1.0, protocols)
+  return {"mae": mae, "mse": mse, "psnr": _psnr(1.0, mse), "ssim": ssim}
 
 
 def _s2(reference, image):
@@ -198,3 +235,4 @@ def _reggan(reference, image):
 
 
 PAPERS = {"s0": _s0, "s2": _s2, "reggan": _reggan}
+COLOUR_PAPERS = ("s0",)  # that score images of several channels
