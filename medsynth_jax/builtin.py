@@ -7,19 +7,19 @@ from ml_collections import ConfigDict
 
 from medsynth_jax import config as configs
 from medsynth_jax import prepare
-from medsynth_jax.data import phantom
+from medsynth_jax.data import fusion, phantom
 from medsynth_jax.errors import UserError
 
 
 def make(config: ConfigDict, workdir: Path) -> Path:
   """Writes RUN/scans (NIfTI files, cases.csv) and prepares RUN/data from it; returns RUN/data.
 
-  What is there already, from the same fields, is kept.
+  What is there already, from the same fields, is kept. Of a fusion image its PET is simulated.
   """
   for left in workdir.glob(".scans.part*"):  # of a simulation that was killed
     shutil.rmtree(left, ignore_errors=True)
   simulated, data = config.data.simulated, config.data
-  sources, targets = configs.names(data.source), configs.names(data.targets)
+  sources, targets = configs.names(data.source), _simulable(data)
   modalities = dict.fromkeys((*sources, *targets, *configs.names(simulated.modalities)))
   table = phantom.write(
     workdir / "scans", n_subjects=simulated.n_subjects, seed=simulated.seed,
@@ -31,6 +31,14 @@ def make(config: ConfigDict, workdir: Path) -> Path:
   fields.update(table=str(table), out=str(workdir / "data"), name="built-in simulated subjects",
                 seed=simulated.seed, folds=simulated.folds)
   return prepare.prepare(fields)
+
+
+def _simulable(data: ConfigDict) -> tuple[str, ...]:
+  """The targets, a fusion image by its PET."""
+  targets = configs.names(data.targets)
+  if fusion.NAME in targets and not data.fusion:
+    raise UserError("data.targets=fusion shows a PET on the source: set data.fusion=pet")
+  return tuple(data.fusion if t == fusion.NAME else t for t in targets)
 
 
 def _spacing(text: str) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ from .scanner import MODALITIES, SCANNERS, SHOWS
 
 VERSION = 1  # of the simulation: raise it when images change
 RECIPE = "simulated.json"  # the arguments of `write`, beside cases.csv
+MISSING = ("none", "random", "group", "confounded")  # why images are absent: see `write`
 ROIS = {"lesion": ("lesion",), "enhancing": ("enhancing",),
         "hot_focus": ("hot_focus", "hot_focus_sign"),
         "cold_focus": ("cold_focus", "cold_focus_sign")}
@@ -165,18 +166,23 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
           groups: int = 1, permute: bool = False, workers: int | None = None) -> Path:
   """Writes a simulated data set (NIfTI files and cases.csv) and returns the table's path.
 
-  Columns: subject, group, one a modality, mask (the head), mask_<region> for the regions that the
-  modalities show, ceiling_<modality> for each modality that is not a source. Cells are relative
-  paths; a region that a subject lacks has an empty cell. Displacement fields (see `subject`) lie in
-  displacement/<subject>.nii.gz. The folder appears when it is complete; a second call with the same
-  arguments returns at once.
+  Columns: subject, group, (split,) one a modality, mask (the head), mask_<region> for the regions
+  that the modalities show, ceiling_<modality> for each modality that is not a source. Cells are
+  relative paths; a region that a subject lacks has an empty cell. Displacement fields (see
+  `subject`) lie in displacement/<subject>.nii.gz. The folder appears when it is complete; a second
+  call with the same arguments returns at once.
 
   Args:
     folder: made here.
     missing: ("random", p): each image is absent with probability p, never all of a subject's;
-      ("group", p): in group g the modality number g (modulo their count) is absent for a share p.
+      ("group", p): in group g the modality number g (modulo their count) is absent for a share p;
+      ("confounded", p): of the targets (the modalities that are no source) a training or validation
+      subject of group g has number g (modulo their count) for certain, and lacks each other with
+      probability p. Its test subjects have all, at least two a group, so that every target can be
+      scored for every scanner; the table gets a column `split`, about 8:1:1 within each group. With
+      source pet, targets ct and t2 and two groups: CT with sharp PET, MR with blurred PET.
     groups: number of sites; site g uses scanner g modulo 3 (the second has blurred PET and more
-      noise), so that with ("group", p) the scanner tells which modalities there are.
+      noise), so that with "group" and "confounded" the scanner tells which modalities there are.
     permute: the modalities that are no sources come from the next subject, masks and ceiling too:
       no method can learn from such pairs.
     workers: parallel processes; default one a CPU core, or one alone for a small data set.
@@ -220,9 +226,14 @@ def _check_recipe(recipe):
     raise UserError(f"simulated data: groups={recipe['groups']}, seed={recipe['seed']}, "
                     f"spacing={recipe['spacing']}: need groups >= 1, seed >= 0, spacing > 0")
   kind, share = recipe["missing"]
-  if kind not in ("none", "random", "group") or not 0 <= share <= 1:
-    raise UserError(f"simulated data: missing=({kind!r}, {share}): need none, random or group and "
-                    "a share from 0 to 1")
+  if kind not in MISSING or not 0 <= share <= 1:
+    raise UserError(f"simulated data: missing=({kind!r}, {share}): need one of "
+                    f"{', '.join(MISSING)} and a share from 0 to 1")
+  n, groups, targets = recipe["n_subjects"], recipe["groups"], _targets(recipe)
+  if kind == "confounded" and (groups < 2 or len(targets) < 2 or n < 4 * groups):
+    raise UserError(f"simulated data: missing='confounded' with groups={groups}, n_subjects={n} "
+                    f"and targets {', '.join(targets) or 'none'}: need two groups, two targets and "
+                    "four subjects a group (one to train, one to validate, two to test) or more")
   absent = [m for m in recipe["sources"] if m not in recipe["modalities"]]
   if absent:
     raise UserError(f"simulated data: source {absent[0]!r} is not among the modalities "
@@ -267,10 +278,29 @@ def _write_subjects(part, recipe, workers):
       "that is not guarded by `if __name__ == '__main__':`; use workers=1") from error
 
 
+def _targets(recipe):
+  return [m for m in recipe["modalities"] if m not in recipe["sources"]]
+
+
+def _split(recipe, index):
+  """The side of a subject of a confounded set: each group's last test, those before validate."""
+  group, number = index % recipe["groups"], index // recipe["groups"]
+  count = len(range(group, recipe["n_subjects"], recipe["groups"]))
+  test, validation = max(2, round(count / 10)), max(1, round(count / 10))
+  return "test" if number >= count - test else \
+    "validation" if number >= count - test - validation else "train"
+
+
 def _present(recipe, index):
   """The modalities that subject `index` has."""
   modalities, (kind, share) = recipe["modalities"], recipe["missing"]
   rng = stream(subject_seed(recipe["seed"], index), "missing")
+  if kind == "confounded":
+    if _split(recipe, index) == "test":
+      return modalities
+    targets = _targets(recipe)
+    own = targets[index % recipe["groups"] % len(targets)]
+    return [m for m in modalities if m in (own, *recipe["sources"]) or rng.random() >= share]
   if kind == "group":
     lacking = modalities[index % recipe["groups"] % len(modalities)]
     return [m for m in modalities if m != lacking or rng.random() >= share]
@@ -300,6 +330,8 @@ def _write_one(job):
   else:
     first = second = _simulate(recipe, index, present)
   row = {"subject": name, "group": f"site{index % recipe['groups']}"}
+  if recipe["missing"][0] == "confounded":
+    row["split"] = _split(recipe, index)
 
   def save(column, array, wanted=True):
     row[column] = f"images/{name}_{column}.nii.gz" if wanted else ""
