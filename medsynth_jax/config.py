@@ -28,6 +28,7 @@ def stage(method: str, **fields) -> dict[str, Any]:
   """Fields of one training stage, whatever its method."""
   return {
     "method": method, "steps": 1000, "batch_size": 8, "optim": optim(),
+    "pretrained": "",          # a run whose stage of this name gives the first weights
     "draw": "pair",            # how source and target are drawn: "pair"; "single": one image alone
     "balance": "",             # draw each of these equally often: "category", "category,group"
     "exclude_fold": -1,        # train without the cases of this fold; -1: with all
@@ -137,7 +138,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 # smallest and largest sensible value of the fields that have them
 RANGES = {
-  "seed": (0, 2**32 - 1), "steps": (1, None), "batch_size": (1, None), "log_every": (1, None),
+  "seed": (0, 2**32 - 1), "steps": (0, None), "batch_size": (1, None), "log_every": (1, None),
   "validate_every": (1, None), "validation_slices": (1, None), "mesh.fsdp": (1, None),
   "data.context": (0, None), "data.threads": (0, None), "data.prefetch": (1, None),
   "data.augment.zoom": (1e-3, None), "synthesis.batch_size": (1, None),

@@ -29,6 +29,12 @@ def l2(image: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
 PIXEL = {"l1": l1, "l2": l2}
 
 
+def kl(mean: jax.Array, std: jax.Array) -> jax.Array:
+  """KL divergence of N(mean, std^2) from N(0, 1), summed over an image, averaged over images."""
+  each = 0.5 * (jnp.square(mean) + jnp.square(std) - 1) - jnp.log(std)
+  return each.reshape(len(each), -1).sum(1).mean()
+
+
 def outside_background(image: jax.Array, valid: jax.Array) -> jax.Array:
   """The image, -1 outside the field of view: there a discriminator sees real and fake alike."""
   return jnp.where(valid > 0, image, -1.0)

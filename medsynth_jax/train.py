@@ -11,14 +11,14 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from medsynth_jax import checkpoint, sharding, windows
 from medsynth_jax.checkpoint import Checkpoints
 from medsynth_jax.contract import State, create, served
 from medsynth_jax.data import pipeline
 from medsynth_jax.data.dataset import Store
-from medsynth_jax.data.examples import case_source, case_valid, usable
-from medsynth_jax.data.intensities import to_model
+from medsynth_jax.data.examples import case_source, case_target, case_valid, usable
 from medsynth_jax.errors import UserError
 from medsynth_jax.log import Log
 from medsynth_jax.run import Run
@@ -53,8 +53,11 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
     state = _start(run, stage, saved, batches)
     step = int(state.step)
     if step >= section.steps:
+      if saved.latest() is None:  # taken from another run as it is
+        saved.save(step, state, batches, None)
+        saved.wait()
       return
-    take = _compiled(method, state, run, section.batch_size)
+    take = _compiled(method, state, run, section)
     log = Log(folder, stage, step, section.steps, section.batch_size, sharding.is_first())
     validate = _Validation(run, store, stage, log)
     metrics = pending = None
@@ -111,7 +114,7 @@ def _start(run: Run, stage: str, saved: Checkpoints, batches) -> State:
     frozen = checkpoint.load_frozen(run.folder / stage, shape.frozen)
     return saved.restore(latest, shape.replace(frozen=frozen), batches)
   section = run.sections[stage]
-  frozen, start = _handed_over(run, stage), {}
+  frozen, start = _handed_over(run, stage), run.pretrained(stage)
   for net, earlier_stage in section.get("start", {}).items():
     folder = run.folder / earlier_stage
     start[net] = checkpoint.load_state(folder, run.shape(earlier_stage), "latest")[0].nets[net]
@@ -131,15 +134,15 @@ def _handed_over(run: Run, stage: str) -> dict[str, State]:
   return frozen
 
 
-def _compiled(method, state: State, run: Run, batch_size: int):
+def _compiled(method, state: State, run: Run, section: ConfigDict):
   """The training step, compiled before the loop; its time is told."""
   def step(state, batch):
     new, metrics = method.step(state, batch, jax.random.fold_in(state.key, state.step))
     return new.replace(step=state.step + 1), metrics
   places = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-  example = pipeline.example_batch(run.task, run.info)
-  batch = sharding.batch_shapes(run.mesh, example, batch_size)
+  example = pipeline.example_batch(run.task, run.info, section.draw)
+  batch = sharding.batch_shapes(run.mesh, example, section.batch_size)
   then = time.perf_counter()
   compiled = jitted.lower(state, batch).compile()
   if sharding.is_first():
@@ -165,7 +168,9 @@ class _Validation:
     self.method = run.methods[stage]
     pairs = [(case, target) for case in run.info.split("validation") for target in run.task.targets
              if usable(case, run.task, target)]
-    self.pairs = pairs if self.method.synthesize else []
+    # a stage without one fold only serves a later one, which takes its last state
+    chosen = self.method.synthesize and run.sections[stage].exclude_fold < 0
+    self.pairs = pairs if chosen else []
     self.predict = run.predictor(stage) if self.pairs else None
 
   def __call__(self, state: State, step: int) -> float | None:
@@ -202,16 +207,16 @@ class _Validation:
     if len(run.task.size) == 3:
       numbers = np.arange(count)
     source = case_source(arrays, case, run.task, run.info)
-    truth = to_model(case.images[target].target, arrays["images"][target])[..., None]
+    truth = case_target(arrays, case, run.task, run.info, target)
     image = windows.synthesise(
       self.predict, view, source, run.task, source_modality=run.info.index(run.task.sources[0]),
       target_modality=run.info.index(target), key=run.key(self.stage),
       batch_size=config.synthesis.batch_size, overlap=config.synthesis.overlap, put=run.put,
-      numbers=numbers, target=truth.astype(np.float32) if self.method.sees_target else None)
+      numbers=numbers, target=truth if self.method.sees_target else None)
     mask = (case_valid(arrays, case, run.task, target) & arrays["mask"])[numbers]
-    error = np.abs(image - truth)[numbers, ..., 0][mask]
+    error = np.abs(image - truth)[numbers].mean(-1)[mask]
     k = numbers[len(numbers) // 2]
-    panel = np.concatenate([x[k, ..., 0].T[::-1] for x in (source, truth, image)], 1)
+    panel = np.concatenate([x[k].mean(-1).T[::-1] for x in (source[..., :1], truth, image)], 1)
     return (float(error.mean()) if error.size else None), (panel + 1) / 2
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from medsynth_jax import losses, optim
-from medsynth_jax.config import stages
+from medsynth_jax.config import stages, target_channels
 from medsynth_jax.contract import Method, update
 from medsynth_jax.nets import registry
 
@@ -22,7 +22,8 @@ def build(config, stage, info, methods) -> Method:
   del info, methods
   section = stages(config)[stage]
   objective = losses.gan(section.gan)
-  generator = registry.make(section.generator, config.dtype)
+  generator = registry.make({**section.generator, "out_channels": target_channels(config)},
+                            config.dtype)
   discriminator = registry.make(section.discriminator, config.dtype)
 
   def judge(params, batch, image):

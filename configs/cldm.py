@@ -1,0 +1,74 @@
+"""Category-guided conditional latent diffusion: CT or MR from one PET by a code (S1).
+
+  python -m medsynth_jax.main --config=configs/cldm.py --workdir=runs/cldm
+"""
+
+from medsynth_jax import config as common
+from medsynth_jax.diffusion import process, samplers
+
+
+def get_config(variant: str = ""):
+  config = common.base(stages=("autoencoder", "latent_moments", "cldm", "unet"))
+  config.data.update(source="pet", targets="ct,t2")
+  config.autoencoder = common.stage(
+    "autoencoder", draw="single", balance="category",
+    network={"name": "autoencoder_kl", "channels": (64, 128, 256), "blocks": 2,
+             "latent_channels": 3},
+    discriminator={"name": "patchgan", "base": 64, "n_layers": 3, "norm": "instance"},
+    discriminator_lr=5e-4, kl=1e-6, adversarial=0.01, adversarial_from=0,
+    perceptual={"weight": 0.0, "weights": ""})
+  config.latent_moments = common.stage(
+    "latent_moments", needs=("autoencoder",), autoencoder="autoencoder", draw="single",
+    balance="category")
+  config.cldm = common.stage(
+    "cldm", needs=("autoencoder", "latent_moments"), autoencoder="autoencoder",
+    moments="latent_moments", balance="category,group", code_dropout=0.1, guidance=1.0,
+    network={"name": "diffusion_unet", "base": 128, "multiples": (1, 2, 4), "blocks": 2,
+             "attention": (2, 4), "resampling": "conv", "scale_shift": False},
+    diffusion={**process.DEFAULTS, "schedule": "scaled_linear"},
+    sampler={**samplers.DEFAULTS, "name": "ddim", "steps": 50})
+  config.unet = common.stage(
+    "regression", balance="category,group", loss="l1",
+    generator={"name": "unet", "channels": (64, 128, 256, 512, 1024), "dropout": 0.0})
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
+
+
+def laptop(config):
+  config.data.simulated.spacing = "3,3,3"
+  config.data.size = "64,80"
+  config.autoencoder.update(steps=3000, batch_size=4)
+  config.autoencoder.network.channels = (16, 32, 64)
+  config.autoencoder.discriminator.update(base=16, n_layers=2)
+  config.autoencoder.optim.update(lr=2e-3, schedule="cosine", ema=0.99)
+  config.latent_moments.update(steps=50, batch_size=16)
+  config.cldm.update(steps=4000, batch_size=8)
+  config.cldm.network.update(base=64, multiples=(1, 2), attention=(2,))
+  config.cldm.optim.update(lr=1e-3, schedule="cosine", ema=0.995)
+  config.unet.update(steps=4000, batch_size=2)
+  config.unet.generator.channels = (16, 32, 64, 128)
+  config.unet.optim.update(lr=4e-3, schedule="cosine", ema=0.99)
+
+
+def paper(config):
+  """S1's sizes where it gives them, else those of the tutorials that it follows (systems.md)."""
+  config.data.size = "256,256"
+  config.autoencoder.update(steps=28_000, batch_size=64)  # 100 epochs of 2 x 8875 images
+  config.autoencoder.optim.update(lr=1e-4, ema=0.999)
+  config.autoencoder.adversarial_from = 2800
+  config.autoencoder.perceptual.weight = 0.0  # 1e-3 with a file of features
+  config.latent_moments.update(steps=277, batch_size=64)
+  config.cldm.update(steps=28_000, batch_size=64)  # 200 epochs of 8875 pairs
+  config.cldm.optim.update(lr=1e-4, ema=0.9999)
+  config.unet.update(steps=28_000, batch_size=16)
+  config.unet.optim.update(lr=2e-4, weight_decay=1e-2, schedule="cosine")
+  config.validate_every = 2000
+  config.dtype = "bfloat16"
+
+
+def test(config):
+  common.tiny(config)
+  config.autoencoder.network.update(channels=(4, 8), blocks=1)
+  config.autoencoder.discriminator.update(base=4, n_layers=1)
+  config.cldm.network.update(base=8, multiples=(1, 2), blocks=1, attention=(2,))
+  config.cldm.sampler.steps = 3
+  config.unet.generator.channels = (4, 8)

@@ -1,0 +1,70 @@
+"""PET/MR fusion from MR: pix2pix, then a conditional DDPM that refines its coarse image (S0).
+
+  python -m medsynth_jax.main --config=configs/pix2pix_ddpm.py --workdir=runs/pix2pix_ddpm
+"""
+
+from medsynth_jax import config as common
+from medsynth_jax.diffusion import process, samplers
+
+FOLDS = 2
+
+
+def get_config(variant: str = ""):
+  config = common.base(stages=("pix2pix", "ddpm", "unet"))
+  # SUV is made, and shown in colour on the MR; data.targets=fusion learns the colours themselves
+  config.data.update(source="t2", targets="pet", fusion="pet")
+  config.data.simulated.folds = FOLDS
+  config.pix2pix = common.stage(
+    "pix2pix", gan="lsgan", l1=100.0,
+    generator={"name": "unet_generator", "base": 64, "dropout": 0.5, "max_depth": 8},
+    discriminator={"name": "patchgan", "base": 64, "n_layers": 3, "norm": "affine_instance"})
+  config.pix2pix.optim.b1 = 0.5
+  config.ddpm = common.stage(
+    "ddpm", coarse="pix2pix", combine="concat", folds=FOLDS, start_at=0.4,
+    network={"name": "diffusion_unet", "base": 64, "multiples": (1, 2, 4, 8), "blocks": 2,
+             "attention": (), "dropout": 0.2},
+    diffusion={**process.DEFAULTS, "schedule": "palette", "steps": 2000, "continuous": True},
+    sampler={**samplers.DEFAULTS, "name": "ddim", "steps": 50})
+  config.unet = common.stage(
+    "regression", loss="l1",
+    generator={"name": "unet", "channels": (64, 128, 256, 512, 1024), "dropout": 0.0})
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
+
+
+def laptop(config):
+  config.data.simulated.spacing = "3,3,3"
+  config.data.size = "64,80"
+  config.pix2pix.update(steps=2000, batch_size=2)
+  config.pix2pix.generator.update(base=24, dropout=0.0, max_depth=4)
+  config.pix2pix.discriminator.update(base=16, n_layers=2)
+  config.pix2pix.optim.update(lr=4e-3, schedule="linear", hold=0.3, ema=0.99)
+  config.ddpm.update(steps=3000, batch_size=4)
+  config.ddpm.network.update(base=16, multiples=(1, 2, 4), blocks=1, dropout=0.0)
+  config.ddpm.optim.update(lr=1e-3, schedule="cosine", ema=0.995)
+  config.ddpm.sampler.update(name="dpm++", steps=20)
+  config.unet.update(steps=4000, batch_size=2)
+  config.unet.generator.channels = (16, 32, 64, 128)
+  config.unet.optim.update(lr=4e-3, schedule="cosine", ema=0.99)
+
+
+def paper(config):
+  """S0's stages with Palette's diffusion recipe, the three-channel fusion image as the target."""
+  config.data.update(size="256,256", targets="fusion")
+  config.data.augment.update(zoom=1.117, shift=0.058)
+  config.data.simulated.folds = config.ddpm.folds = 5
+  config.pix2pix.update(steps=330_000, batch_size=1)  # 200 epochs of S0's 1664 pairs
+  config.pix2pix.optim.update(lr=2e-4, schedule="linear", hold=0.5, ema=0.0)
+  config.ddpm.update(steps=400_000, batch_size=4)
+  config.ddpm.optim.update(lr=5e-5, ema=0.9999)
+  config.unet.update(steps=100_000, batch_size=16)
+  config.unet.optim.update(lr=2e-4, weight_decay=1e-2, schedule="cosine")
+  config.validate_every = 20_000
+
+
+def test(config):
+  common.tiny(config)
+  config.pix2pix.generator.update(base=4, max_depth=3)
+  config.pix2pix.discriminator.update(base=4, n_layers=1)
+  config.ddpm.network.update(base=8, multiples=(1, 2), blocks=1)
+  config.ddpm.sampler.steps = 3
+  config.unet.generator.channels = (4, 8)
