@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from medsynth_jax import checkpoint, sharding
+from medsynth_jax import checkpoint, serving, sharding
 from medsynth_jax import config as configs
 from medsynth_jax.contract import Method, State, create, served
 from medsynth_jax.data.dataset import Info, load_info, save_info
@@ -74,15 +73,44 @@ class Run:
     frozen = checkpoint.load_frozen(folder, shape.frozen)
     return served(state, self.methods[stage].keeps).replace(frozen=frozen), step
 
-  def predictor(self, stage: str):
-    """`method.synthesize` of a stage, jitted, its images on every process.
+  def predictor(self, stage: str, loaded: bool = False):
+    """`method.synthesize` of a stage, compiled for batches of `synthesis.batch_size` examples.
 
-    With `config.synthesis.mirror` the mean of the image and of the one made left-right mirrored.
+    Its images lie on every process. With `config.synthesis.mirror` they are the mean of the image
+    and of the one made left-right mirrored. Only shapes are needed, so that what does not fit is
+    told before weights are read or trained. All processes have to ask together.
+
+    Args:
+      loaded: the stage's state lies on the devices already, in what is not free there.
+
+    Raises:
+      UserError: such a batch needs more memory than is free.
     """
-    synthesize = self.methods[stage].synthesize
-    if self.config.synthesis.mirror:
-      synthesize = _mirrored(synthesize, self._left_right())
-    return jax.jit(synthesize, out_shardings=sharding.replicated(self.mesh))
+    settings, (state, batch) = self.config.synthesis, self._served_shapes(stage)
+    made = stage, settings.batch_size, settings.mirror
+    if made not in self._predictors:
+      synthesize = self.methods[stage].synthesize
+      if settings.mirror:
+        synthesize = serving.mirrored(synthesize, self._left_right())
+      self._predictors[made] = serving.compile_ahead(stage, synthesize, self.mesh, state, batch)
+    serving.check_memory(stage, self._predictors[made], (batch, () if loaded else state),
+                         settings.batch_size, "patches" if len(self.task.size) == 3 else "slices")
+    return self._predictors[made]
+
+  @functools.cached_property
+  def _predictors(self) -> dict:
+    """What `predictor` has compiled."""
+    return {}
+
+  def _served_shapes(self, stage: str) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes and shardings of what `predictor` takes: the state with its frozen ones, the batch."""
+    keeps, example = self.methods[stage].keeps, example_batch(self.task, self.info)
+    state = self._placed(jax.eval_shape(lambda s: served(s, keeps), self.shape(stage)))
+    seen = ("target",) if self.methods[stage].sees_target else ()
+    names = ("source", "slice", "source_modality", "target_modality", *seen)
+    batch = {**{name: example[name] for name in names},
+             "sample": np.zeros(1, np.int32), "weight": np.zeros(1, np.float32)}
+    return state, sharding.same_shapes(self.mesh, batch, self.config.synthesis.batch_size)
 
   def _left_right(self) -> int:
     """The batch's axis along left and right; a UserError where a sagittal slice has none."""
@@ -93,16 +121,6 @@ class Run:
 
   def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_same(self.mesh, batch)
-
-
-def _mirrored(synthesize, axis: int):
-  """Synthesis averaged with that of the mirrored batch."""
-  def both(state, batch, key):
-    spatial = batch["source"].ndim
-    turned = {k: jnp.flip(v, axis) if v.ndim == spatial else v for k, v in batch.items()}
-    image = synthesize(state, batch, key)
-    return (image + jnp.flip(synthesize(state, turned, key), axis)) / 2
-  return both
 
 
 def check(config: ConfigDict, folder: Path) -> None:

@@ -1,5 +1,9 @@
-"""Devices: the mesh, where parameters and batches lie. The only file that knows devices."""
+"""Devices: the mesh, where parameters and batches lie, memory. The only file that knows devices."""
 
+import math
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -89,5 +93,87 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 def put_same(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """A batch that every process holds whole: split over the devices of one process if it divides."""
   size = len(next(iter(batch.values())))
+  return jax.device_put(batch, _same(mesh, size))
+
+
+def same_shapes(mesh: Mesh, example: dict[str, np.ndarray], size: int) -> dict[str, Any]:
+  """Shapes and shardings of a batch that `put_same` makes, from a batch of one example."""
+  return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype, sharding=_same(mesh, size))
+          for k, v in example.items()}
+
+
+def _same(mesh: Mesh, size: int) -> NamedSharding:
   spec = BATCH if jax.process_count() == 1 and size % mesh.size == 0 else PartitionSpec()
-  return jax.device_put(batch, NamedSharding(mesh, spec))
+  return NamedSharding(mesh, spec)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes that arrays (or their shapes with shardings) take on one device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree))
+
+
+def working_memory(compiled) -> int | None:
+  """Bytes that a compiled function takes on a device beside its arguments; None if not told."""
+  told = compiled.memory_analysis()
+  if told is None:
+    return None
+  return told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+
+
+def free_memory() -> int | None:
+  """Bytes that are free on each device, the least over all of them; None if a backend tells not.
+
+  Devices of the CPU share what is free in the machine and in this process's control group. All
+  processes have to ask together.
+  """
+  here = min(_free(device) for device in jax.local_devices())
+  if jax.process_count() > 1:  # float32 holds a number of bytes well enough
+    here = float(multihost_utils.process_allgather(np.float32(here)).min())
+  return int(here) if here >= 0 else None
+
+
+def _free(device) -> int:
+  """Free bytes of a device of this process, -1 if not told."""
+  if device.platform == "cpu":
+    return min(_free_host(), _left_to_group()) // jax.local_device_count()
+  stats = device.memory_stats() or {}
+  return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else -1
+
+
+def _free_host(proc: Path = Path("/proc")) -> int:
+  """Free bytes of the machine (Linux), or all that it has."""
+  if (proc / "meminfo").exists():
+    found = re.search(r"MemAvailable:\s*(\d+) kB", (proc / "meminfo").read_text())
+    if found:
+      return 1024 * int(found[1])
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# limit, use, and the page cache that is given back on demand, in the words of versions 2 and 1
+GROUP_FILES = (("memory.max", "memory.current", "inactive_file"),
+               ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+
+
+def _left_to_group(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+  """Bytes that the control groups of this process (a container's, a job's) still allow."""
+  left, own = 2**62, proc / "self" / "cgroup"
+  for line in own.read_text().splitlines() if own.exists() else ():
+    _, kinds, path = line.split(":", 2)
+    if kinds and "memory" not in kinds.split(","):
+      continue
+    top = groups / "memory" if kinds else groups
+    limit, use, cache = GROUP_FILES[bool(kinds)]
+    folder = top / path.strip("/")
+    for group in (folder, *folder.parents):
+      if not (group.is_relative_to(top) and (group / limit).exists()):
+        continue
+      most = (group / limit).read_text().strip()
+      idle = re.search(rf"^{cache} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+      if most != "max":
+        used = int((group / use).read_text()) - (int(idle[1]) if idle else 0)
+        left = min(left, max(0, int(most) - used))
+  return left

@@ -171,7 +171,7 @@ class _Validation:
     # a stage without one fold only serves a later one, which takes its last state
     chosen = self.method.synthesize and run.sections[stage].exclude_fold < 0
     self.pairs = pairs if chosen else []
-    self.predict = run.predictor(stage) if self.pairs else None
+    self.predict = run.predictor(stage, loaded=True) if self.pairs else None
 
   def __call__(self, state: State, step: int) -> float | None:
     """The score (mean over subjects), logged with a panel; None where nobody is held out."""

@@ -1,0 +1,152 @@
+"""What does not fit the memory is refused before the run, and by how much is told."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import get_config, scale_build, toy_config, two_stages
+
+from medsynth_jax import methods, run, sharding, train
+from medsynth_jax.contract import Method
+from medsynth_jax.data.dataset import Store
+from medsynth_jax.errors import UserError
+
+
+def built(data, folder, **synthesis):
+  config = toy_config("unet", data)
+  config.synthesis.update(synthesis)
+  return run.build(config, Store(data).info, folder)
+
+
+def refusal(monkeypatch, here, free=1000, **how):
+  """(needed, too much, free) in bytes that the message tells, and the message."""
+  monkeypatch.setattr(sharding, "free_memory", lambda: free)
+  with pytest.raises(UserError) as error:
+    here.predictor("regression", **how)
+  told = re.findall(r"([\d.]+) (MB|GB)", str(error.value))
+  return [float(n) * (1e6 if unit == "MB" else 1e9) for n, unit in told], str(error.value)
+
+
+def test_refusal_says_by_how_much(toy_data, tmp_path, monkeypatch):
+  here = built(toy_data, tmp_path, batch_size=4)
+  (needed, over, free), message = refusal(monkeypatch, here, free=10**5)
+  assert "stage 'regression': synthesis of 4 slices at once needs" in message
+  assert "--config.synthesis.batch_size" in message and "\n" not in message
+  assert free == 10**5 and needed - over == pytest.approx(free, abs=3e4)
+  monkeypatch.setattr(sharding, "free_memory", lambda: int(needed) + 10**5)
+  here.predictor("regression")
+
+
+def test_a_larger_batch_needs_more_and_one_slice_gets_another_remedy(toy_data, tmp_path,
+                                                                     monkeypatch):
+  needs = {n: refusal(monkeypatch, built(toy_data, tmp_path, batch_size=n)) for n in (1, 8, 64)}
+  assert needs[1][0][0] < needs[8][0][0] < needs[64][0][0]
+  assert "a device with more memory" in needs[1][1] and "batch_size" not in needs[1][1]
+
+
+def test_weights_that_are_there_already_do_not_count_twice(toy_data, tmp_path, monkeypatch):
+  here = built(toy_data, tmp_path)
+  weights = sharding.bytes_of(here.shape("regression").nets)
+  (apart, *_), _ = refusal(monkeypatch, here)
+  (loaded, *_), _ = refusal(monkeypatch, here, loaded=True)
+  assert apart - loaded == pytest.approx(weights, abs=2e4)
+
+
+def test_refused_before_training(toy_data, tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, "free_memory", lambda: 1000)
+  monkeypatch.setitem(methods.METHODS, "scale", scale_build)
+  config, store = two_stages(toy_data), Store(toy_data)
+  here = run.start(config, store.info, tmp_path / "run")
+  with pytest.raises(UserError, match="more than the 0.00 MB that are free"):
+    train.train(here, store)
+  assert not list((tmp_path / "run" / "first").glob("checkpoints/*/state"))
+
+
+@pytest.mark.parametrize("silent", ["working_memory", "free_memory"])
+def test_a_device_that_does_not_tell_is_named(silent, toy_data, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sharding, silent, lambda *compiled: None)
+  built(toy_data, tmp_path).predictor("regression")
+  assert "does not tell its memory" in capsys.readouterr().out
+
+
+def test_a_stage_is_compiled_once(toy_data, tmp_path, capsys):
+  here = built(toy_data, tmp_path)
+  assert here.predictor("regression") is here.predictor("regression", loaded=True)
+  assert capsys.readouterr().out.count("synthesis compiled in") == 1
+
+
+# --- what is compiled is what synthesis calls ----------------------------------------------------
+
+
+def echo_build(config, stage, info, stages):
+  """A toy bound: gives back the target and the sources, whatever their channels."""
+  def synthesize(state, batch, key):
+    return jnp.clip(batch["target"] + 0 * batch["source"].sum(-1, keepdims=True), -1, 1)
+  return Method(lambda key, batch: {}, None, synthesize, {}, sees_target=True)
+
+
+@pytest.mark.parametrize("size, unit", [("16,16", "slices"), ("4,16,16", "patches")])
+def test_every_kind_of_batch_is_foreseen(size, unit, toy_data, tmp_path, monkeypatch):
+  """Slices, patches, and the target that a bound sees."""
+  from medsynth_jax import windows
+  monkeypatch.setitem(methods.METHODS, "echo", echo_build)
+  config = get_config("unet")
+  config.update(method="echo")
+  config.data.update(dir=str(toy_data), source="a", targets="b", size=size)
+  here = run.build(config, Store(toy_data).info, tmp_path)
+  state = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding),
+                       here.shape("echo").replace(key=None)).replace(key=here.key("echo"))
+  rng = np.random.default_rng(0)
+  source, target = (rng.uniform(-1, 1, (10, 20, 24, 1)).astype(np.float32) for _ in range(2))
+  image = windows.synthesise(
+    here.predictor("echo"), state, source, here.task, source_modality=0, target_modality=1,
+    key=here.key("echo"), batch_size=config.synthesis.batch_size, target=target, put=here.put)
+  np.testing.assert_allclose(image, target, atol=1e-6)
+  monkeypatch.setattr(sharding, "free_memory", lambda: 1000)
+  with pytest.raises(UserError, match=f"4 {unit} at once"):
+    here.predictor("echo")
+
+
+# --- what is free ----------------------------------------------------------------------------
+
+
+def test_working_memory_holds_the_output(monkeypatch):
+  compiled = jax.jit(lambda x: x[:, None] * x).lower(jax.ShapeDtypeStruct((500,), "float32")
+                                                     ).compile()
+  assert 10**6 <= sharding.working_memory(compiled) < 10**7
+
+
+def test_free_memory_of_this_machine():
+  free = sharding.free_memory()
+  assert 10**7 < free < 10**14
+
+
+PROC = {"v2": "0::/job/step\n", "v1": "4:memory:/job/step\n3:cpuset:/\n0::/\n", "none": "0::/\n"}
+
+
+@pytest.mark.parametrize("version, files, left", [
+  ("v2", {"job/memory.max": "9000", "job/memory.current": "5000",
+          "job/memory.stat": "anon 1\ninactive_file 1000\n", "job/step/memory.max": "max",
+          "job/step/memory.current": "1", "job/step/memory.stat": ""}, 5000),
+  ("v1", {"memory/job/step/memory.limit_in_bytes": "7000",
+          "memory/job/step/memory.usage_in_bytes": "6500",
+          "memory/job/step/memory.stat": "inactive_file 9\ntotal_inactive_file 500\n"}, 1000),
+  ("v2", {"memory.max": "100", "memory.current": "300", "memory.stat": ""}, 0),
+  ("none", {}, 2**62)])
+def test_limits_of_containers_and_jobs(version, files, left, tmp_path):
+  """The tightest group above the process counts; idle page cache is free."""
+  (tmp_path / "proc" / "self").mkdir(parents=True)
+  (tmp_path / "proc" / "self" / "cgroup").write_text(PROC[version])
+  for name, text in files.items():
+    path = tmp_path / "groups" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  assert sharding._left_to_group(tmp_path / "proc", tmp_path / "groups") == left
+
+
+def test_a_machine_without_proc_tells_all_its_memory(tmp_path):
+  (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   64 kB\n")
+  assert sharding._free_host(tmp_path) == 65536
+  assert sharding._free_host(tmp_path / "none") > 10**8
