@@ -29,7 +29,9 @@ def make(config: ConfigDict, workdir: Path) -> Path:
     permute=simulated.permute)
   fields = prepare.default_config()
   fields.update(table=str(table), out=str(workdir / "data"), name="built-in simulated subjects",
-                seed=simulated.seed, folds=simulated.folds)
+                seed=simulated.seed, folds=simulated.folds,
+                # else a fold might hold all that is known of a target
+                stratify="modalities" if simulated.missing == "confounded" else "")
   return prepare.prepare(fields)
 
 

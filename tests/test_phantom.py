@@ -5,6 +5,7 @@ import gzip
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 
@@ -268,6 +269,60 @@ def test_missing_at_random_leaves_every_subject_an_image():
   present = [phantom._present(recipe, i) for i in range(300)]
   assert min(map(len, present)) == 1
   assert np.mean([len(p) for p in present]) == pytest.approx(1.5 + 1 / 8, abs=0.15)
+
+
+def _confounded(n, groups=2, share=1.0, modalities=("pet", "ct", "t2"), sources=("pet",)):
+  return {"modalities": list(modalities), "sources": list(sources), "groups": groups, "seed": 0,
+          "missing": ["confounded", share], "n_subjects": n}
+
+
+def test_confounded_training_has_a_target_a_group(tmp_path):
+  """CT with sharp PET, T2 with blurred PET; only test subjects have both."""
+  path = phantom.write(tmp_path / "a", n_subjects=8, spacing=(12, 12, 12), groups=2,
+                       modalities=("pet", "ct", "t2"), sources=("pet",),
+                       missing=("confounded", 1.0))
+  rows = _table(path)
+  assert list(rows[0])[:3] == ["subject", "group", "split"]
+  has = [(row["split"], row["group"], *(m for m in ("pet", "ct", "t2", "ceiling_ct", "ceiling_t2")
+                                        if row[m])) for row in rows]
+  everything = ("pet", "ct", "t2", "ceiling_ct", "ceiling_t2")
+  assert has == [
+    ("train", "site0", "pet", "ct", "ceiling_ct"), ("train", "site1", "pet", "t2", "ceiling_t2"),
+    ("validation", "site0", "pet", "ct", "ceiling_ct"),
+    ("validation", "site1", "pet", "t2", "ceiling_t2"),
+    *(("test", f"site{i % 2}", *everything) for i in range(4))]
+  pet = phantom.subject(phantom.subject_seed(0, 1), ("pet",), (), spacing=(12, 12, 12), scanner=1)
+  stored = np.asarray(nib.load(path.parent / rows[1]["pet"]).dataobj)
+  np.testing.assert_allclose(stored, pet.images["pet"], atol=1e-3)
+
+
+@pytest.mark.parametrize("n, groups, expected", [
+  (8, 2, {"train": 1, "validation": 1, "test": 2}),
+  (20, 2, {"train": 7, "validation": 1, "test": 2}),
+  (60, 2, {"train": 24, "validation": 3, "test": 3}),
+  (12, 3, {"train": 1, "validation": 1, "test": 2})])
+def test_confounded_splits_hold_every_group(n, groups, expected):
+  recipe = _confounded(n, groups)
+  sides = Counter((phantom._split(recipe, i), i % groups) for i in range(n))
+  assert sides == {(side, g): k for side, k in expected.items() for g in range(groups)}
+
+
+def test_confounded_share_and_more_groups_than_targets():
+  recipe = _confounded(600, groups=3, share=0.75)
+  train = [i for i in range(600) if phantom._split(recipe, i) != "test"]
+  for group, own, other in ((0, "ct", "t2"), (1, "t2", "ct"), (2, "ct", "t2")):
+    present = [phantom._present(recipe, i) for i in train if i % 3 == group]
+    assert all(own in p and "pet" in p for p in present)
+    assert np.mean([other in p for p in present]) == pytest.approx(0.25, abs=0.08)
+
+
+@pytest.mark.parametrize("changes", [
+  {"groups": 1}, {"n_subjects": 7}, {"modalities": ("pet", "ct")}, {"modalities": ("pet",)}])
+def test_what_cannot_be_confounded(tmp_path, changes):
+  fields = {"modalities": ("pet", "ct", "t2"), "groups": 2, "n_subjects": 8, **changes}
+  with pytest.raises(UserError, match="need two groups, two targets and four subjects a group"):
+    phantom.write(tmp_path / "a", sources=("pet",), missing=("confounded", 1.0), **fields)
+  assert not list(tmp_path.iterdir())
 
 
 def test_permuted_targets_come_from_the_next_subject(tmp_path):

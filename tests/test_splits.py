@@ -56,6 +56,15 @@ def test_folds_divide_the_training_subjects():
   assert {f for split, f in plan.values() if split != "train"} == {-1}
 
 
+def test_strata_are_alike_in_all_folds():
+  """Two strata of one size must not get a fold each."""
+  table = make(40, groups=lambda i: f"site{i % 2}")
+  for seed in range(5):
+    plan = assign(table, folds=2, stratify=("group",), seed=seed)
+    shares = Counter((fold, int(s[1:]) % 2) for s, (_, fold) in plan.items() if fold >= 0)
+    assert set(shares.values()) == {8}
+
+
 def test_the_table_decides_where_it_says():
   split = {(i, s): ("train", "train", "test")[i] for i in range(3) for s in range(2)}
   fold = {(i, s): i for i in range(2) for s in range(2)}

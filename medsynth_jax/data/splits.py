@@ -109,4 +109,6 @@ def _folds(table: Table, trained, strata, folds: int, rng) -> dict[str, int]:
   if not 2 <= folds <= len(trained):
     raise UserError(f"config.folds={folds}: {len(trained)} training subjects of {table.path} can"
                     f" be divided into 2 to {len(trained)} folds")
-  return {s: i % folds for i, s in enumerate(_mixed(trained, strata, rng))}
+  # stratum after stratum: in the mixed order alternating strata would get a fold each
+  order = sorted(_mixed(trained, strata, rng), key=strata.__getitem__)
+  return {s: i % folds for i, s in enumerate(order)}
