@@ -9,29 +9,34 @@ otherwise; another split goes to RUN/evaluation_<split>/.
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from medsynth_jax import config as configs
-from medsynth_jax import floors, panels, report, run, scoring, sharding, windows
+from medsynth_jax import floors, panels, report, run, sharding, timing
+from medsynth_jax.code_switch import CONSTANT, Switch
+from medsynth_jax.data import fusion
 from medsynth_jax.data.dataset import CEILING, SPLITS, Case, Store
-from medsynth_jax.data.examples import case_source, case_valid, usable
-from medsynth_jax.data.intensities import to_model
+from medsynth_jax.data.examples import usable
 from medsynth_jax.errors import UserError
-from medsynth_jax.report import Results
+from medsynth_jax.maker import Maker, count, samples
+from medsynth_jax.metrics import uptake
+from medsynth_jax.metrics.volume import slice_scores
+from medsynth_jax.results import Results, write
 from medsynth_jax.run import Run
+from medsynth_jax.scorer import Scorer, Volume
+from medsynth_jax.scoring import ssim_name
 
 
 def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test") -> str:
   """Scores every stage that makes images on the subjects of a split; returns the printed table.
 
-  In a run of several processes all call this, and process 0 writes.
+  Stages trained without one fold only serve later ones and are no rows. In a run of several
+  processes all call this, and process 0 writes.
 
   Args:
     store: the data set that the run was trained on.
@@ -42,22 +47,24 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
   """
   _same_data(here, store)
   targets = scored_cases(here, split)
-  scorer = _Scorer(here, store, targets)
-  results = Results(here.config, here.info, here.task.direction, split, which,
-                    {t: scorer.scales[t] for t in targets},
-                    {t: scorer.protocols[t] for t in targets})
-  for target, cases in targets.items():
-    results.floor[target] = _baselines(scorer, target, cases, results)
-  stages = [s for s, m in here.methods.items() if m.synthesize]
-  total = sum(_windows(here, c) for cases in targets.values() for c in cases) * len(stages)
-  with tqdm(total=total, desc="evaluate", unit="image", disable=not sharding.is_first()) as bar:
+  scorer = Scorer(here, store, targets)
+  results = Results(here.config, here.info, here.task.direction, split, which, scorer.scales,
+                    scorer.protocols, scorer.rendered)
+  work = _Work(scorer, results, {t: _baselines(scorer, t, c, results) for t, c in targets.items()})
+  stages = [s for s, m in here.methods.items()
+            if m.synthesize and here.sections[s].exclude_fold < 0]
+  with tqdm(total=sum(_total(here, s, targets) for s in stages), desc="evaluate", unit="image",
+            disable=not sharding.is_first()) as bar:
     for stage in stages:
-      _stage(scorer, stage, targets, results, bar.update)
+      _stage(work, stage, targets, bar.update)
+  for stage, section in here.sections.items():
+    found = timing.trained(here.folder / stage, section.batch_size)
+    results.training |= {stage: found} if found else {}
   absent = [results.direction(t) for t in here.task.targets if t not in targets]
   text = "\n".join([report.table(results), *(
     f"\n{direction}: not scored, no {split} subject has both" for direction in absent)])
   if sharding.is_first():
-    _write(here, results, text, scorer.pictures)
+    _write(here, results, text, work.pictures)
   return text
 
 
@@ -82,66 +89,20 @@ def scored_cases(here: Run, split: str) -> dict[str, list[Case]]:
   return {t: cases for t, cases in found.items() if cases}
 
 
-# --- one volume ------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
-class _Volume:
-  """A case ready to be scored against one target; arrays [n, H, W]."""
-  case: Case
-  source: np.ndarray     # [n, H, W, C] model units
-  shown: dict[str, np.ndarray]
-  physical: np.ndarray   # the target
-  reference: np.ndarray  # the target in the unit of scores
-  mask: np.ndarray
-  rois: Mapping[str, np.ndarray]
-  images: Mapping[str, np.ndarray]
-
-
-class _Scorer:
-  """Loads volumes and scores images of them, by the target's conventions."""
-
-  def __init__(self, here: Run, store: Store, targets):
-    self.run, self.store, self.info, self.task = here, store, here.info, here.task
-    asked = configs.names(here.config.evaluation.ssim)
-    self.scales = {t: scoring.scale_of(self.info.modality(t)) for t in targets}
-    self.protocols = {t: scoring.ssim_protocols(asked, self.info.modality(t)) for t in targets}
-    self.pictures: dict[tuple[str, str], list[panels.Picture]] = {}
-
-  def load(self, case: Case, target: str) -> _Volume:
-    """A case with the target in the unit of scores."""
-    arrays = self.store.volume(case)
-    physical = arrays["images"][target]
-    shown = {m: arrays["images"][m] for m in self.task.sources if m in arrays["images"]}
-    return _Volume(
-      case, case_source(arrays, case, self.task, self.info), shown, physical,
-      self.scales[target].reference(physical, case.images[target].target),
-      arrays["mask"] & case_valid(arrays, case, self.task, target), arrays["rois"],
-      arrays["images"])
-
-  def held_out(self, case: Case, target: str) -> _Volume:
-    """`load` of a case to be scored; UserError where no voxel of it counts."""
-    volume = self.load(case, target)
-    if not volume.mask.any():
-      raise UserError(f"case {case.name}: no voxel lies in the body mask and in the field of view"
-                      f" of {self.task.direction} and {target}; repair its mask, or take the row"
-                      " out of the table, and prepare the data set again")
-    return volume
-
-  def score(self, volume: _Volume, target: str, row: str, image: np.ndarray) -> dict[str, float]:
-    """Scores of an image in the unit of scores."""
-    try:
-      return scoring.score(self.scales[target], volume.reference, image, volume.mask, volume.rois,
-                           self.protocols[target])
-    except ValueError as error:
-      raise UserError(f"case {volume.case.name}, {row}: {error}") from None
+class _Work:
+  """What the parts of an evaluation share."""
+  scorer: Scorer
+  results: Results
+  floor: Mapping[str, floors.Fitted]
+  pictures: dict[tuple[str, str], list[panels.Picture]] = dataclasses.field(default_factory=dict)
 
 
 # --- rows without a network ------------------------------------------------------------------
 
 
-def _baselines(scorer: _Scorer, target: str, cases: list[Case], results: Results) -> int:
-  """Adds the floor's rows and the ceiling's; returns the source channel that the tables look up."""
+def _baselines(scorer: Scorer, target: str, cases: list[Case], results: Results) -> floors.Fitted:
+  """Adds the floor's rows and the ceiling's; returns the floor."""
   info, task = scorer.info, scorer.task
   training = tqdm([c for c in info.split("train") if usable(c, task, target)], desc="floor",
                   unit="case", disable=not sharding.is_first())
@@ -150,69 +111,101 @@ def _baselines(scorer: _Scorer, target: str, cases: list[Case], results: Results
      for v in (scorer.load(case, target) for case in training)),
     channels=task.channels(info) // (2 * task.context + 1), common_grid=info.anatomical,
     direction=results.direction(target))
+  results.floor[target] = floor.channel
   ceiling = floors.has_ceiling(info, task, target, cases)
   for case in cases:
     volume = scorer.held_out(case, target)
     rows = floor.predict(volume.source, info.spacing_of(case))
-    name, image = floors.identity(volume.source, volume.shown, task, info, target)
-    rows[name] = image
+    rows |= dict([floors.identity(volume.source, volume.shown, task, info, target)])
     if ceiling:
-      rows["ceiling"] = scorer.scales[target].reference(
-        volume.images[CEILING + target], case.images[target].target)
+      clean = volume.images[CEILING + task.measured(target)]
+      rows["ceiling"] = scorer.fused(volume, clean) if target == fusion.NAME else \
+        scorer.scales[target].reference(clean, case.images[target].target)
     for row, image in rows.items():
-      results.add(target, row, case, scorer.score(volume, target, row, image))
-  return floor.channel
+      results.add(target, row, case, scorer.score(volume, row, image))
+      if volume.fused:
+        row, image = _rendered(scorer, volume, row, image)
+        results.add(fusion.NAME, row, case, scorer.score(volume.fused, row, image))
+  return floor
+
+
+def _rendered(scorer: Scorer, volume: Volume, row: str, suv: np.ndarray) -> tuple[str, np.ndarray]:
+  """(row, its fusion image) of a row of a PET; the identity's is the MR without uptake."""
+  if row.startswith("identity"):
+    return floors.identity(volume.source, volume.shown, scorer.task, scorer.info, fusion.NAME)
+  return row, scorer.fused(volume, suv)
 
 
 # --- rows of stages --------------------------------------------------------------------------
 
 
-def _stage(scorer: _Scorer, stage: str, targets, results: Results,
+def _stage(work: _Work, stage: str, targets: Mapping[str, list[Case]],
            progress: Callable[[int], Any]) -> None:
-  """Adds a stage's row for every target, and what its panels show."""
-  here = scorer.run
-  with jax.set_mesh(here.mesh):
-    state, step = here.restore(stage, results.which)
-    predict = here.predictor(stage)
-  results.stages[stage] = report.Stage(step, here.methods[stage].sees_target)
-  for target, case in _pairs(targets):
-    volume = scorer.held_out(case, target)
-    with jax.set_mesh(here.mesh):
-      model = _synthesise(here, stage, predict, state, volume, target, progress)
-    image = scorer.scales[target].prediction(model)
-    scores = scorer.score(volume, target, stage, image)
-    results.add(target, stage, case, scores)
-    # no loss sees what lies outside; synthesize writes the background there, so that is shown
-    shown = scoring.blanked(scorer.scales[target], image, volume.mask)
-    picture = panels.take(here.info, case, volume.shown, volume.reference, shown, volume.mask,
-                          scores["psnr"], scores[scoring.ssim_name(scorer.protocols[target][0])])
-    scorer.pictures.setdefault((target, stage), []).append(picture)
+  """Adds a stage's row for every target, and what its panels and its code switch show."""
+  scorer, results, here = work.scorer, work.results, work.scorer.run
+  maker = Maker(here, stage, results.which, progress)
+  switch = Switch(here.task.targets) if _switched(here, stage) else None
+  for case in here.info.split(results.split):
+    volumes = {t: scorer.held_out(case, t) for t in targets if usable(case, here.task, t)}
+    made = {}
+    for code in _codes(here, stage, volumes):
+      volume = volumes.get(code) or next(iter(volumes.values()))  # the source is the same
+      made[code] = maker.image(
+        volume, code, scorer.truth(volume) if here.methods[stage].sees_target else None)
+    for target, volume in volumes.items():
+      _score(work, stage, volume, made[target][0])
+      if switch:
+        _compare(work, switch, volume, {code: model for code, (_, model) in made.items()})
+  results.stages[stage] = maker.row()
+  if switch:
+    results.switches[stage] = switch
 
 
-def _pairs(targets: Mapping[str, list[Case]]) -> Iterator[tuple[str, Case]]:
-  return ((target, case) for target, cases in targets.items() for case in cases)
+def _switched(here: Run, stage: str) -> bool:
+  """Whether the stage makes several modalities by their codes."""
+  method = here.methods[stage]
+  return method.many_targets and not method.sees_target and len(here.task.targets) > 1
 
 
-def _synthesise(here: Run, stage: str, predict, state, volume: _Volume, target: str,
-                progress) -> np.ndarray:
-  """The stage's image of a volume, [n, H, W] in [-1, 1]; the target only where a bound sees it."""
-  settings, truth = here.config.synthesis, None
-  if here.methods[stage].sees_target:
-    own = volume.case.images[target].target
-    truth = to_model(own, volume.physical)[..., None].astype(np.float32)
-  image = windows.synthesise(
-    predict, state, volume.source, here.task,
-    source_modality=here.info.index(here.task.sources[0]), target_modality=here.info.index(target),
-    key=here.key(stage), batch_size=settings.batch_size, overlap=settings.overlap, target=truth,
-    put=here.put, progress=progress)
-  return image[..., 0]
+def _codes(here: Run, stage: str, own) -> list[str]:
+  """What is made of a case that has the targets `own`: those, or by all codes."""
+  return list(here.task.targets) if own and _switched(here, stage) else list(own)
 
 
-def _windows(here: Run, case: Case) -> int:
-  """Network inputs that a case is cut into."""
-  plane = here.info.plane
-  shape = (case.shape[plane], *np.delete(case.shape, plane))
-  return windows.count(shape, here.task, here.config.synthesis.overlap)
+def _score(work: _Work, stage: str, volume: Volume, image: np.ndarray) -> None:
+  """Adds the scores of a stage's image; of a PET also those of the fusion rendered from it."""
+  scorer, results, case = work.scorer, work.results, volume.case
+  target = volume.target
+  scores = scorer.score(volume, stage, image)
+  results.add(target, stage, case, scores)
+  # no loss sees what lies outside; synthesize writes the background there, so that is shown
+  shown = scorer.blanked(volume, image)
+  ssim = scores[ssim_name(scorer.protocols[target][0])]
+  work.pictures.setdefault((target, stage), []).append(panels.take(
+    scorer.info, case, volume.shown, volume.reference, shown, volume.mask, scores["psnr"], ssim))
+  if volume.suv is not None:
+    reference = scorer.blanked(volume, volume.reference)
+    results.add_slices(target, stage, case, {
+      **slice_scores(reference, shown, volume.mask, data_range=scorer.scales[target].data_range),
+      **uptake.slice_uptake(volume.suv, volume.mask)})
+  if volume.fused:
+    _score(work, stage, volume.fused, _rendered(scorer, volume, stage, image)[1])
+
+
+def _compare(work: _Work, switch: Switch, volume: Volume, made: Mapping[str, np.ndarray]) -> None:
+  """Compares the image of every code, in model units, with a target of the case."""
+  scale, truth = work.scorer.scales[volume.target], work.scorer.truth(volume)[..., 0]
+  constant = scale.model(work.floor[volume.target].constant)
+  for code, image in {**made, CONSTANT: np.full(truth.shape, constant)}.items():
+    switch.add(volume.target, code, volume.case.subject, truth, image, volume.mask)
+
+
+def _total(here: Run, stage: str, targets: Mapping[str, list[Case]]) -> int:
+  """Network inputs of a stage."""
+  cases = {c.volume: c for own in targets.values() for c in own}
+  made = {v: [t for t in targets if usable(c, here.task, t)] for v, c in cases.items()}
+  return sum(count(here, c) * len(_codes(here, stage, made[v])) for v, c in cases.items()) \
+    * samples(here, stage)
 
 
 # --- files and command -----------------------------------------------------------------------
@@ -226,7 +219,7 @@ def _write(here: Run, results: Results, text: str, pictures) -> None:
   for leftover in (partial, old):
     shutil.rmtree(leftover, ignore_errors=True)
   (partial / "panels").mkdir(parents=True)
-  report.write(results, partial)
+  write(results, partial)
   (partial / "table.txt").write_text(text + "\n")
   for (target, row), shots in pictures.items():
     panels.write(partial / "panels", shots, row=row, subjects=results.subjects(target, row),

@@ -1,19 +1,43 @@
 """The rows of an evaluation that need no network: the floor, the identity, the ceiling."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from medsynth_jax import scoring
 from medsynth_jax.data.dataset import CEILING, Case, Info
-from medsynth_jax.data.examples import Task
+from medsynth_jax.data.examples import Task, fused
 from medsynth_jax.errors import UserError
 from medsynth_jax.metrics.baselines import Floor
 
 CHOOSE = 8  # training volumes by which the source channel is chosen
 
 
-def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction: str) -> Floor:
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """The fitted floor of a target: one `Floor` a channel of it."""
+  parts: tuple[Floor, ...]
+
+  @property
+  def channel(self) -> int | list[int]:
+    """The source channel that the tables read (of each channel of a fusion)."""
+    found = [part.channel for part in self.parts]
+    return found[0] if len(found) == 1 else found
+
+  @property
+  def constant(self) -> float:
+    """The mean of a target of one channel, in the unit of scores."""
+    (part,) = self.parts
+    return float(part.fitted["constant"])
+
+  def predict(self, source: np.ndarray, spacing) -> dict[str, np.ndarray]:
+    """{row: image [n, H, W], or [n, H, W, C] of several channels}; see `Floor.predict`."""
+    rows = [part.predict(source, spacing) for part in self.parts]
+    return rows[0] if len(rows) == 1 else {r: np.stack([x[r] for x in rows], -1) for r in rows[0]}
+
+
+def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction: str) -> Fitted:
   """The floor of the training volumes; its tables read the source channel that tells most.
 
   The channel is chosen by the first CHOOSE volumes.
@@ -22,23 +46,27 @@ def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction
   soft tissue as one bin: a floor too easily passed.
 
   Args:
-    volumes: (source [n, H, W, C] model units, target [n, H, W] in the unit of scores, mask
-      [n, H, W], spacing in mm), one at a time.
+    volumes: (source [n, H, W, C] model units, target [n, H, W] or [n, H, W, 3] in the unit of
+      scores, mask [n, H, W], spacing in mm), one at a time.
     common_grid: whether a mean image makes sense.
 
   Raises:
     UserError: no training voxel.
   """
-  fitted = [Floor(common_grid and i == 0, channel=i) for i in range(channels)]
-  for number, volume in enumerate(volumes):
+  fitted: list[list[Floor]] = []
+  for number, (source, target, mask, spacing) in enumerate(volumes):
+    parts = np.moveaxis(target, -1, 0) if target.ndim == 4 else target[None]
+    if not fitted:
+      fitted = [[Floor(common_grid and i == 0, channel=i) for i in range(channels)] for _ in parts]
     if number == CHOOSE:
-      fitted = [_best(fitted)]
-    for floor in fitted:
-      floor.add(*volume)
-  if not fitted[0].lut.count.sum():
+      fitted = [[_best(floors)] for floors in fitted]
+    for floors, part in zip(fitted, parts, strict=True):
+      for floor in floors:
+        floor.add(source, part, mask, spacing)
+  if not fitted or not fitted[0][0].lut.count.sum():
     raise UserError(f"{direction}: no training subject has both inside its mask, so that the floor"
                     " of the table cannot be fitted; prepare the data set again")
-  return _best(fitted).fit()
+  return Fitted(tuple(_best(floors).fit() for floors in fitted))
 
 
 def _best(fitted: Sequence[Floor]) -> Floor:
@@ -55,10 +83,13 @@ def identity(source: np.ndarray, shown: Mapping[str, np.ndarray], task: Task, in
   """(row name, the source taken for the target), in the unit of the target's scores.
 
   `identity` keeps HU and SUV; else `identity_normalised` takes the first source channel as if a
-  network had made it. `source` [n, H, W, C] model units; `shown` {source: physical volume}.
+  network had made it. A fusion's is the MR without uptake. `source` [n, H, W, C] model units;
+  `shown` {source: physical volume}.
   """
   modality = info.modality(target)
   scale = scoring.scale_of(modality)
+  if scale.colour:
+    return "identity", fused(source, np.zeros(source.shape[:3], np.float32))
   same = [m for m in task.sources if not scale.own and info.modality(m).type == modality.type
           and info.modality(m).unit == modality.unit]
   if not same:
@@ -70,8 +101,8 @@ def identity(source: np.ndarray, shown: Mapping[str, np.ndarray], task: Task, in
 
 
 def has_ceiling(info: Info, task: Task, target: str, cases: Sequence[Case]) -> bool:
-  """Whether simulated data hold the noise-free target for these sources, in all cases."""
+  """Whether simulated data hold the noise-free target (a fusion's PET) for these sources."""
   made_for = info.notes.get("ceiling_sources")
   if made_for is not None and set(made_for) != set(task.sources):
     return False
-  return all(CEILING + target in case.images for case in cases)
+  return all(CEILING + task.measured(target) in case.images for case in cases)

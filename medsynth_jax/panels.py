@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: source, target, synthetic image and signed error of a subject.
+"""Pictures of an evaluation: source, target, synthetic image and error of a subject.
 
 Slices are shown as radiologists look at them: the patient's right on the left, anterior (axial)
 or superior (coronal, sagittal) on top.
@@ -17,7 +17,7 @@ from medsynth_jax.metrics.summary import ranked
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """One slice of a volume as stored, [H, W] each, and the volume's scores.
+  """One slice of a volume as stored, [H, W] each (a fusion [H, W, 3]), and the volume's scores.
 
   `aspect` is a displayed pixel's height over its width; `sources` are {title: physical values}.
   """
@@ -37,7 +37,7 @@ def take(info: Info, case: Case, sources: Mapping[str, np.ndarray], target: np.n
          synthetic: np.ndarray, mask: np.ndarray, psnr: float, ssim: float) -> Picture:
   """The slice of a volume with the largest mask (the middle one of several).
 
-  Arrays [n, H, W]; `sources` in physical units.
+  Arrays [n, H, W], a fusion [n, H, W, 3]; `sources` in physical units.
   """
   sizes = mask.sum((1, 2))
   largest = np.flatnonzero(sizes == sizes.max())
@@ -49,8 +49,11 @@ def take(info: Info, case: Case, sources: Mapping[str, np.ndarray], target: np.n
 
 
 def radiological(image: np.ndarray) -> np.ndarray:
-  """A RAS+ slice (axial [x, y], coronal [x, z], sagittal [y, z]) as rows from top to bottom."""
-  return image[::-1, ::-1].T
+  """A RAS+ slice (axial [x, y], coronal [x, z], sagittal [y, z]) as rows from top to bottom.
+
+  Colours [..., 3] stay where they are.
+  """
+  return np.swapaxes(image[::-1, ::-1], 0, 1)
 
 
 def chosen(pictures: Sequence[Picture], subjects: Mapping[str, Mapping[str, float]],
@@ -84,18 +87,15 @@ def write(folder: Path, pictures: Sequence[Picture],
 
 
 def draw(path: Path, picture: Picture, title: str, unit: str) -> None:
-  """One picture; target and synthetic image share their grey scale, the error is synthetic minus
-  target."""
+  """One picture: sources, target, synthetic image and error.
+
+  Target and synthetic image share their grey scale, and the error is synthetic minus target; of
+  colours it is the absolute difference, mean over channels.
+  """
   from matplotlib.figure import Figure  # slow to import, and only evaluation draws
 
-  low, high = window(picture.target[picture.mask] if picture.mask.any() else picture.target)
-  error = np.where(picture.mask, picture.synthetic - picture.target, 0)
-  limit = float(np.percentile(np.abs(error[picture.mask]), 99)) if picture.mask.any() else 0.0
-  limit = limit or 1.0
   shown = [(name, x, window(x), "gray") for name, x in picture.sources.items()]
-  shown += [(f"target [{unit}]", picture.target, (low, high), "gray"),
-            (f"synthetic [{unit}]", picture.synthetic, (low, high), "gray"),
-            (f"synthetic - target [{unit}]", error, (-limit, limit), "RdBu_r")]
+  shown += _colours(picture) if picture.target.ndim == 3 else _greys(picture, unit)
   first = radiological(picture.target)
   height = 3.2 * np.clip(first.shape[0] * picture.aspect / first.shape[1], 0.4, 2.0) + 0.8
   figure = Figure(figsize=(3.6 * len(shown), height), layout="constrained")
@@ -106,8 +106,31 @@ def draw(path: Path, picture: Picture, title: str, unit: str) -> None:
                         interpolation="nearest")
     axes.set_title(name, fontsize=9)
     axes.set_axis_off()
-    figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
+    if image.ndim == 2:
+      figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
   figure.savefig(path, dpi=110)
+
+
+def _greys(picture: Picture, unit: str) -> list[tuple]:
+  """(title, image, limits, colour map) of target, synthetic image and signed error."""
+  levels = window(picture.target[picture.mask] if picture.mask.any() else picture.target)
+  error = np.where(picture.mask, picture.synthetic - picture.target, 0)
+  limit = _limit(error, picture.mask)
+  return [(f"target [{unit}]", picture.target, levels, "gray"),
+          (f"synthetic [{unit}]", picture.synthetic, levels, "gray"),
+          (f"synthetic - target [{unit}]", error, (-limit, limit), "RdBu_r")]
+
+
+def _colours(picture: Picture) -> list[tuple]:
+  """The same of colour images in 0..1."""
+  error = np.where(picture.mask, np.abs(picture.synthetic - picture.target).mean(-1), 0)
+  return [("target", picture.target, (0, 1), None), ("synthetic", picture.synthetic, (0, 1), None),
+          ("|synthetic - target|, of 1", error, (0, _limit(error, picture.mask)), "magma")]
+
+
+def _limit(error: np.ndarray, mask: np.ndarray) -> float:
+  """The error that the colour map ends at: the 99th percentile."""
+  return (float(np.percentile(np.abs(error[mask]), 99)) if mask.any() else 0.0) or 1.0
 
 
 def window(values: np.ndarray) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from medsynth_jax.data.dataset import Modality
 from medsynth_jax.data.intensities import Scaling, from_model, to_model
 from medsynth_jax.errors import UserError
 from medsynth_jax.metrics import similarity
-from medsynth_jax.metrics.volume import PAPERS, paper_scores, volume_scores
+from medsynth_jax.metrics.uptake import uptake_scores
+from medsynth_jax.metrics.volume import COLOUR_PAPERS, PAPERS, paper_scores, volume_scores
 
 CT_RANGE = (-1024.0, 3000.0)
 
@@ -25,7 +26,8 @@ class Scale:
   """The unit of a target's scores.
 
   `output` maps the network's [-1, 1] to it; `own` says that a reference comes into it by its own
-  volume's scaling; `background` stands outside the mask before SSIM.
+  volume's scaling; `background` stands outside the mask before SSIM; `uptake` that images hold SUV,
+  `colour` that they are [..., 3].
   """
   unit: str
   data_range: float
@@ -33,6 +35,8 @@ class Scale:
   output: Scaling
   own: bool = False
   clip: tuple[float, float] | None = None
+  uptake: bool = False
+  colour: bool = False
 
   def reference(self, physical: np.ndarray, own: Scaling) -> np.ndarray:
     """Physical values of a volume with the target scaling `own`, in the unit of scores."""
@@ -57,7 +61,9 @@ def scale_of(modality: Modality) -> Scale:
     low, high = CT_RANGE
     return Scale("HU", high - low, low, typical, clip=CT_RANGE)
   if modality.type == "pet":
-    return Scale("SUV", typical.high, 0.0, typical)
+    return Scale("SUV", typical.high, 0.0, typical, uptake=True)
+  if modality.type == "rgb":
+    return Scale("1", 1.0, 0.0, typical, clip=(0.0, 1.0), colour=True)
   return Scale("normalised", 1.0, 0.0, Scaling(typical.curve, 0.0, 1.0), own=True)
 
 
@@ -81,22 +87,22 @@ def ssim_name(protocol: str) -> str:
 
 def roi_label(roi: str) -> str:
   """A region's part in a metric's name; a vertebra `s2` must not look like the paper S2."""
-  return f"roi_{roi}" if roi in PAPERS else roi
+  return f"roi_{roi}" if roi in (*PAPERS, "hot") else roi
 
 
 def blanked(scale: Scale, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """The image with the target's background outside the mask."""
-  return np.where(mask, image, np.float32(scale.background))
+  """The image with the target's background outside the mask [n, H, W]."""
+  return np.where(mask[..., None] if scale.colour else mask, image, np.float32(scale.background))
 
 
 def score(scale: Scale, reference: np.ndarray, image: np.ndarray, mask: np.ndarray,
           rois: Mapping[str, np.ndarray], protocols: Sequence[str]) -> dict[str, float]:
-  """All scores of one volume [n, H, W], reference and image in the unit of scores.
+  """All scores of one volume [n, H, W] (a fusion [n, H, W, 3]), both in the unit of scores.
 
   mae, mse, nmae, psnr and SSIM in the mask, both images set to background outside it (which SSIM
   alone sees); `mae_<roi>` and `psnr_<roi>` in each region inside the mask, NaN where it is empty;
-  the papers' conventions (`psnr_s2`) on whole slices in model units, the image with background
-  outside the mask, as synthesis writes it.
+  for a PET `uptake_scores`; the papers' conventions (`psnr_s2`) on whole slices in model units, the
+  image with background outside the mask, as synthesis writes it.
   """
   scores = volume_scores(*(blanked(scale, x, mask) for x in (reference, image)), mask,
                          data_range=scale.data_range, protocols=protocols,
@@ -107,7 +113,9 @@ def score(scale: Scale, reference: np.ndarray, image: np.ndarray, mask: np.ndarr
       if inside.any() else {}
     for metric in ("mae", "psnr"):
       scores[f"{metric}_{roi_label(roi)}"] = part.get(metric, float("nan"))
+  if scale.uptake:
+    scores |= uptake_scores(reference, image, mask, {roi_label(r): x for r, x in rois.items()})
   truth, made = scale.model(reference), scale.model(blanked(scale, image, mask))
-  for paper in PAPERS:
+  for paper in COLOUR_PAPERS if scale.colour else PAPERS:
     scores |= paper_scores(truth, made, mask, paper=paper)
   return scores

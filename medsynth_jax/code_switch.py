@@ -1,0 +1,65 @@
+"""Whether a network that makes several modalities makes the one that its code names.
+
+Each code's image of a case is compared with every target that the case has: the image of code ct
+has to be closer to the CT than the image of code t2 is.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+CONSTANT = "constant"  # the floor's row, beside the codes
+
+
+@dataclasses.dataclass
+class Switch:
+  """Errors of one stage: masked MAE in model units halved, so that the range is 1.
+
+  `codes` are the targets that it makes; `errors` {(target, code or CONSTANT): {subject: one a
+  case}}.
+  """
+  codes: Sequence[str]
+  errors: dict[tuple[str, str], dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+
+  def add(self, target: str, code: str, subject: str, truth: np.ndarray, image: np.ndarray,
+          mask: np.ndarray) -> None:
+    """Adds the error of an image against a target, both in model units, in the mask."""
+    error = float(np.abs(image[mask].astype(np.float64) - truth[mask]).mean() / 2)
+    self.errors.setdefault((target, code), {}).setdefault(subject, []).append(error)
+
+  @property
+  def targets(self) -> list[str]:
+    """The targets that test subjects have."""
+    return [t for t in self.codes if (t, CONSTANT) in self.errors]
+
+  def count(self, target: str) -> int:
+    """Number of subjects compared."""
+    return len(self.errors[target, CONSTANT])
+
+  def mean(self, target: str, code: str) -> float:
+    """Mean over a subject's cases, then over subjects."""
+    return float(np.mean([np.mean(e) for e in self.errors[target, code].values()]))
+
+  def closer(self, code: str, other: str) -> bool:
+    """Whether the image of a code is closer to its own target than that of another code (or the
+    constant image)."""
+    return self.mean(code, code) < self.mean(code, other)
+
+  def described(self) -> dict[str, Any]:
+    """For summary.json."""
+    return {
+      "error": "masked MAE in model units, range 1, mean over subjects",
+      "n": {t: self.count(t) for t in self.targets},
+      "mae": {t: {c: self.mean(t, c) for c in (*self.codes, CONSTANT)} for t in self.targets},
+      "closer_to_own_target_than": {t: {c: self.closer(t, c) for c in (*self.codes, CONSTANT)
+                                        if c != t} for t in self.targets}}
+
+  def verdicts(self) -> list[str]:
+    """A line for each code whose target somebody has."""
+    word = {True: "yes", False: "no"}
+    return [", ".join([
+      f"code {t}: closer to its own target than the image of"
+      + ",".join(f" code {c} is: {word[self.closer(t, c)]}" for c in self.codes if c != t),
+      f"beats {CONSTANT}: {word[self.closer(t, CONSTANT)]}"]) for t in self.targets]

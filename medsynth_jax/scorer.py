@@ -1,0 +1,92 @@
+"""Cases of a data set as volumes to be scored, and their scores against each target."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from medsynth_jax import config as configs
+from medsynth_jax import scoring
+from medsynth_jax.data import fusion
+from medsynth_jax.data.dataset import Case, Store
+from medsynth_jax.data.examples import case_source, case_target, case_valid, fused, usable
+from medsynth_jax.errors import UserError
+from medsynth_jax.run import Run
+
+
+@dataclasses.dataclass
+class Volume:
+  """A case ready to be scored against one target; arrays [n, H, W], a fusion's [n, H, W, 3]."""
+  case: Case
+  target: str
+  source: np.ndarray     # [n, H, W, C] model units
+  shown: Mapping[str, np.ndarray]    # the sources, physical
+  reference: np.ndarray  # the target in the unit of scores
+  mask: np.ndarray
+  rois: Mapping[str, np.ndarray]
+  images: Mapping[str, np.ndarray]   # all of the case, physical
+  suv: np.ndarray | None = None      # of a fusion: its measured PET
+  fused: "Volume | None" = None      # of a PET: the fusion that it is shown in
+
+
+class Scorer:
+  """Loads volumes and scores images of them, by the target's conventions.
+
+  `rendered` says that a synthetic PET is also scored as a fusion image.
+  """
+
+  def __init__(self, here: Run, store: Store, targets: Mapping[str, Iterable[Case]]):
+    self.run, self.store, self.info, self.task = here, store, here.info, here.task
+    pet = self.task.fusion
+    self.rendered = any(usable(c, self.task, fusion.NAME) for c in targets.get(pet, ()))
+    names = [n for t in targets for n in ((t, fusion.NAME) if t == pet and self.rendered else (t,))]
+    asked = configs.names(here.config.evaluation.ssim)
+    self.scales = {n: scoring.scale_of(self.info.modality(n)) for n in names}
+    self.protocols = {n: scoring.ssim_protocols(asked, self.info.modality(n)) for n in names}
+
+  def load(self, case: Case, target: str) -> Volume:
+    """A case with the target in the unit of scores."""
+    arrays, task, scale = self.store.volume(case), self.task, self.scales[target]
+    images = arrays["images"]
+    volume = Volume(
+      case, target, case_source(arrays, case, task, self.info),
+      {m: images[m] for m in task.sources if m in images}, np.empty(0),
+      arrays["mask"] & case_valid(arrays, case, task, target), arrays["rois"], images)
+    if scale.colour:
+      volume.reference, volume.suv = self.fused(volume, images[task.fusion]), images[task.fusion]
+    else:
+      volume.reference = scale.reference(images[target], case.images[target].target)
+    if target == task.fusion and usable(case, task, fusion.NAME):
+      volume.fused = dataclasses.replace(
+        volume, target=fusion.NAME, reference=self.fused(volume, images[target]), rois={},
+        suv=images[target])
+    return volume
+
+  def held_out(self, case: Case, target: str) -> Volume:
+    """`load` of a case to be scored; UserError where no voxel of it counts."""
+    volume = self.load(case, target)
+    if not volume.mask.any():
+      raise UserError(f"case {case.name}: no voxel lies in the body mask and in the field of view"
+                      f" of {self.task.direction} and {target}; repair its mask, or take the row"
+                      " out of the table, and prepare the data set again")
+    return volume
+
+  def truth(self, volume: Volume) -> np.ndarray:
+    """The target in model units by its own scaling, [n, H, W, C]."""
+    return case_target({"images": volume.images}, volume.case, self.task, self.info, volume.target)
+
+  def fused(self, volume: Volume, suv: np.ndarray) -> np.ndarray:
+    """The fusion image [n, H, W, 3] of the volume's MR and a PET, as it is scored."""
+    return self.scales[fusion.NAME].reference(fused(volume.source, suv), None)
+
+  def score(self, volume: Volume, row: str, image: np.ndarray) -> dict[str, float]:
+    """Scores of an image in the unit of scores; UserError names the case and the row."""
+    try:
+      return scoring.score(self.scales[volume.target], volume.reference, image, volume.mask,
+                           volume.rois, self.protocols[volume.target])
+    except ValueError as error:
+      raise UserError(f"case {volume.case.name}, {row}: {error}") from None
+
+  def blanked(self, volume: Volume, image: np.ndarray) -> np.ndarray:
+    """The image with background outside the mask, as synthesis writes it."""
+    return scoring.blanked(self.scales[volume.target], image, volume.mask)
