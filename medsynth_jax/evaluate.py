@@ -195,8 +195,8 @@ def _score(work: _Work, stage: str, volume: Volume, image: np.ndarray) -> None:
 def _compare(work: _Work, switch: Switch, volume: Volume, made: Mapping[str, np.ndarray]) -> None:
   """Compares the image of every code, in model units, with a target of the case."""
   scale, truth = work.scorer.scales[volume.target], work.scorer.truth(volume)[..., 0]
-  constant = scale.model(work.floor[volume.target].constant)
-  for code, image in {**made, CONSTANT: np.full(truth.shape, constant)}.items():
+  constant = scale.model(np.full(truth.shape, work.floor[volume.target].constant))
+  for code, image in {**made, CONSTANT: constant}.items():
     switch.add(volume.target, code, volume.case.subject, truth, image, volume.mask)
 
 

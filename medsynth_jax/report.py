@@ -73,9 +73,9 @@ def _uptake(results: Results, target: str, summary) -> list[list[str]]:
            " voxels from others, 0.5 is chance):",
            *_grid(results, summary, ["mae_hot", "bias_hot", "auc_hot", "suvmax_bias",
                                      "suvmean_bias"])]
-  cold = results.not_hot(target)
-  if cold:
-    lines.append(f"Without a hot voxel, so that nothing hot is scored: {', '.join(cold)}.")
+  cold, hot = results.not_told(target)
+  lines += [f"No voxel is hot, so that nothing hot is scored: {', '.join(cold)}."] if cold else []
+  lines += [f"Every voxel is hot, so that there is no AUC: {', '.join(hot)}."] if hot else []
   place = summary.get("mean_image", {}).get("auc_hot", {}).get("mean")
   for stage in results.stages:
     own = summary[stage]["auc_hot"]["mean"]

@@ -124,12 +124,12 @@ class Results:
     return {row: uptake.correlations(self.slices[target, row], SLICE_METRICS)
             for row in self.stages if (target, row) in self.slices}
 
-  def not_hot(self, target: str) -> list[str]:
-    """Subjects of a PET target without a voxel above `uptake.HOT`."""
-    if not self.scales[target].uptake:
-      return []
+  def not_told(self, target: str) -> tuple[list[str], list[str]]:
+    """Subjects of a PET target (without a voxel above `uptake.HOT`, with no other voxel)."""
     subjects = self.subjects(target, self.rows(target)[0])
-    return [s for s, scores in subjects.items() if math.isnan(scores["mae_hot"])]
+    cold = [s for s, scores in subjects.items() if math.isnan(scores["mae_hot"])]
+    hot = [s for s, scores in subjects.items() if math.isnan(scores["auc_hot"]) and s not in cold]
+    return cold, hot
 
 
 # --- above the floor -------------------------------------------------------------------------
@@ -235,7 +235,9 @@ def _scaling(results: Results, target: str) -> dict[str, Any]:
     found |= {"made": "rendered from the synthetic SUV" if results.rendered else "learned",
               "correlated_slices": f"{uptake.LEAST} mask voxels or more"}
   if scale.uptake:
-    found |= {"hot_suv": uptake.HOT, "subjects_without_hot_voxels": results.not_hot(target)}
+    cold, hot = results.not_told(target)
+    found |= {"hot_suv": uptake.HOT, "subjects_without_hot_voxels": cold,
+              "subjects_hot_throughout": hot}
   return found
 
 
