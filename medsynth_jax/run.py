@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -168,10 +169,23 @@ def build(config: ConfigDict, info: Info, folder: Path) -> Run:
   return run
 
 
-def open_run(folder: str | Path) -> Run:
-  """Opens RUN; needs nothing outside it. UserError where it is no run folder."""
-  folder = Path(folder)
+def open_run(folder: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
+  """Opens RUN; needs nothing outside it.
+
+  Args:
+    changes: {dotted field of its config: value}, for this time only.
+
+  Raises:
+    UserError: no run folder, a field that its config does not have, or a value outside its range.
+  """
+  folder, changes = Path(folder), dict(changes or {})
   config = ConfigDict(checkpoint.read_config(folder))
+  unknown = sorted(set(changes) - set(configs.flat(config.to_dict())))
+  if unknown:
+    raise UserError(f"{folder}: its config has no field {', '.join(unknown)}")
+  if changes:
+    config.update_from_flattened_dict(changes)
+    configs.check_ranges(config)
   config.mesh.fsdp = 1  # the machine that trained may have had more devices
   return build(config, load_info(folder), folder)
 

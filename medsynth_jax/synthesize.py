@@ -7,28 +7,28 @@ t1=FILE,flair=FILE for a run with several sources. Beside each image lies a JSON
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-import medsynth_jax
-from medsynth_jax import checkpoint, cli, windows
+from medsynth_jax import checkpoint, cli, outputs, windows
 from medsynth_jax import config as configs
 from medsynth_jax import run as runs
 from medsynth_jax.contract import State
-from medsynth_jax.data import case, grids, volumes
+from medsynth_jax.data import case, fusion, grids, volumes
 from medsynth_jax.data.examples import source_channels
-from medsynth_jax.data.intensities import from_model
+from medsynth_jax.data.intensities import from_model, to_model
 from medsynth_jax.errors import UserError
-
-GRIDS = ("source", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,27 @@ class Synthesizer:
   predict: Callable
   state: State
   digest: str  # of the config and the weights: another model has another
+  samples: int = 1  # of a stage that draws them: their mean is the image
 
-  def image(self, source: case.Source, target: str) -> np.ndarray:
-    """The synthetic image in physical units on the model grid [x, y, z].
+  @functools.cached_property
+  def told(self) -> dict[str, Any]:
+    """What sidecars tell of the model."""
+    run, section = self.run, self.run.sections[self.stage]
+    sampler = dict(section.get("sampler", {}))
+    if "guidance" in section:
+      sampler["guidance"] = section.guidance
+    return {
+      "run": {"folder": run.folder.resolve().name, "stage": self.stage, "method": section.method,
+              "step": self.step, "seed": run.config.seed, "sha256": self.digest},
+      **({"samples": self.samples} if run.methods[self.stage].stochastic else {}),
+      **({"sampler": sampler} if sampler else {}),
+      "trained_on": {"name": run.info.name, "hash": run.info.hash, "simulated": run.info.simulated},
+    }
 
-    Outside the body and the field of view it is the target modality's background.
+  def image(self, source: case.Source, target: str, sample: int = 0) -> np.ndarray:
+    """The synthetic image in physical units on the model grid [x, y, z]; a fusion's [x, y, z, 3].
+
+    What lies outside the body and the field of view is not yet the target's background.
     """
     run, info, task = self.run, self.run.info, self.run.task
     slices = {n: np.moveaxis(x, info.plane, 0) for n, x in source.images.items()}
@@ -56,32 +72,88 @@ class Synthesizer:
         self.predict, self.state, channels, task, source_modality=info.index(task.sources[0]),
         target_modality=info.index(target), key=run.key(self.stage),
         batch_size=synthesis.batch_size, overlap=synthesis.overlap, put=run.put,
-        progress=bar.update)
-    physical = from_model(info.modality(target).typical, model[..., 0])
-    return np.moveaxis(physical, 0, info.plane).astype(np.float32)
+        progress=bar.update, sample=sample)
+    physical = from_model(info.modality(target).typical, model).astype(np.float32)
+    return np.moveaxis(physical if physical.shape[-1] > 1 else physical[..., 0], 0, info.plane)
 
 
-def load(workdir: str | Path, which: str = "best", stage: str = "") -> Synthesizer:
+def load(workdir: str | Path, which: str = "best", stage: str = "", *, samples: int | None = None,
+         batch_size: int | None = None, steps: int | None = None, guidance: float | None = None,
+         ) -> Synthesizer:
   """Opens RUN for synthesis; `stage` is its last one that makes images, unless named.
 
+  Args:
+    samples, batch_size: instead of the fields `config.synthesis` of the run.
+    steps, guidance: instead of the stage's fields `sampler.steps` and `guidance`.
+
   Raises:
-    UserError: no run folder, no checkpoint, or no such stage.
+    UserError: no run folder, no checkpoint, no such stage, a field that the stage does not have,
+      more memory than is free.
   """
-  run = runs.open_run(workdir)
+  changes = {} if batch_size is None else {"synthesis.batch_size": batch_size}
+  run = runs.open_run(workdir, changes)
   able = [s for s, m in run.methods.items() if m.synthesize and not m.sees_target]
   if stage and stage not in able:
     raise UserError(f"--stage={stage}: this run makes images in {', '.join(able)}")
   stage = stage or able[-1]
+  asked = _sampling(run, stage, steps, guidance)
+  if asked:
+    run = runs.open_run(workdir, changes | asked)
+  samples = _samples(run, stage, samples)
+  predict = run.predictor(stage)  # first: what does not fit the memory is told before it is filled
   state, step = run.restore(stage, which)
-  digest = hashlib.sha256(configs.to_json(run.config).encode())
-  for leaf in jax.tree.leaves((state.nets, {n: s.nets for n, s in state.frozen.items()})):
+  return Synthesizer(run, stage, step, predict, state, _model_digest(run, state), samples)
+
+
+def _sampling(run: runs.Run, stage: str, steps: int | None, guidance: float | None
+              ) -> dict[str, int | float]:
+  """The fields of the config that --steps and --guidance change."""
+  section, changes = run.sections[stage], {}
+  prefix = f"{stage}." if "stages" in run.config else ""
+  for flag, value, there, field in (
+      ("steps", steps, "sampler" in section, "sampler.steps"),
+      ("guidance", guidance, "guidance" in section, "guidance")):
+    if value is not None:
+      if not there:
+        raise UserError(f"--{flag}={value}: stage '{stage}' ({section.method}) has no {flag} of"
+                        f" sampling; leave it out")
+      changes[prefix + field] = value
+  return changes
+
+
+def _samples(run: runs.Run, stage: str, samples: int | None) -> int:
+  """Images to be averaged: as asked, else as evaluation does."""
+  if not run.methods[stage].stochastic:
+    if samples is not None and samples > 1:
+      raise UserError(f"--samples={samples}: stage '{stage}' ({run.sections[stage].method}) makes"
+                      " the same image each time; leave it out")
+    return 1
+  samples = run.config.synthesis.get("samples", 1) if samples is None else samples
+  if samples < 1:
+    raise UserError(f"--samples={samples}: give 1 or more")
+  return samples
+
+
+def _model_digest(run: runs.Run, state: State) -> str:
+  """Of all that an image depends on but its source: the config without batch size, the weights."""
+  fields = configs.flat(run.config.to_dict())
+  fields.pop("synthesis.batch_size")
+  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+  arrays = {name: (s.nets, s.aux) for name, s in {"": state, **state.frozen}.items()}
+  for leaf in jax.tree.leaves(arrays):
     digest.update(np.asarray(leaf).tobytes())
-  return Synthesizer(run, stage, step, run.predictor(stage), state, digest.hexdigest())
+  return digest.hexdigest()
 
 
-def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], outputs: Mapping[str, Path],
+# --- one scan --------------------------------------------------------------------------------
+
+
+def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], images: Mapping[str, Path],
          grid: str = "") -> list[Path]:
-  """Synthesises one scan and writes {target: file} with sidecars; returns the files written.
+  """Synthesises one scan, writes `images` {target: file} with sidecars, and returns the files.
+
+  Beside the image: of several samples their standard deviation (`_std`), of a PET that the run
+  shows in fusion the colour image (`_fusion`).
 
   Args:
     inputs: {source modality: file or DICOM folder}.
@@ -92,27 +164,117 @@ def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], outputs: Mapping[
   """
   info, first = synthesizer.run.info, next(iter(inputs))
   grid = grid or ("model" if info.modality(first).type == "pet" else "source")
-  sidecars = {t: _sidecar(synthesizer, inputs, t, grid) for t in outputs}
-  todo = {t: path for t, path in outputs.items() if not _done(path, sidecars[t])}
+  todo = {target: missing for target, path in images.items()
+          if (missing := _missing(synthesizer, inputs, target, Path(path), grid))}
   if not todo:
     return []
   scans = {name: volumes.read(path) for name, path in inputs.items()}
-  other = None if grid in GRIDS else volumes.read(grid)
+  other = None if grid in outputs.GRIDS else volumes.read(grid)
   source = case.prepare_source(scans, info)
   for note in source.notes:
     print(f"warning: {note}")
-  body = source.valid & source.mask
-  if not body.any():
+  if not (source.valid & source.mask).any():
     raise UserError(f"{inputs[first]}: no body found in the image; is it a {first} scan?")
-  for target, path in todo.items():
-    image = synthesizer.image(source, target)
-    on = other or (scans[first] if grid == "source" else None)
-    shape, affine = (on.array.shape, on.affine) if on else (body.shape, source.affine)
-    image = _regridded(image, body, source.affine, shape, affine, info.modality(target))
-    volumes.write(path, image, affine, like=_header_of(grid, inputs[first]))
-    sidecar = path.with_name(_stem(path) + ".json")
-    checkpoint.write_text(sidecar, json.dumps(sidecars[target], indent=1) + "\n")
-  return list(todo.values())
+  on = other or (scans[first] if grid == "source" else None)
+  shape, affine = (on.array.shape, on.affine) if on else (source.mask.shape, source.affine)
+  for target, files in todo.items():
+    made = _made(synthesizer, source, scans, target, files, shape, affine)
+    for kind, (path, sidecar) in files.items():
+      volumes.write(path, made[kind], affine, like=_header_of(grid, inputs[first]))
+      checkpoint.write_text(outputs.sidecar_of(path), json.dumps(sidecar, indent=1) + "\n")
+  return [path for files in todo.values() for path, _ in files.values()]
+
+
+def _missing(synthesizer: Synthesizer, inputs: Mapping[str, Path], target: str, path: Path,
+             grid: str) -> dict[str, tuple[Path, dict]]:
+  """{kind: (file, sidecar)} of what is to be written for a target and is not yet there."""
+  run, samples, shown = synthesizer.run, synthesizer.samples, synthesizer.run.task.fusion
+  if shown and run.task.measured(target) == shown and run.task.sources[0] not in inputs:
+    raise UserError(f"{shown} is shown in colour on {run.task.sources[0]}: give that by --input")
+  files = outputs.files(path, samples, target == shown)
+  found = {kind: (file, outputs.sidecar(synthesizer.told, run.info, target, kind, samples, inputs,
+                                        grid)) for kind, file in files.items()}
+  return {kind: parts for kind, parts in found.items() if not outputs.done(*parts)}
+
+
+def _made(synthesizer: Synthesizer, source: case.Source, scans: Mapping[str, volumes.Volume],
+          target: str, kinds: Collection[str], shape, affine) -> dict[str, np.ndarray]:
+  """{kind: image} on the output grid, as they are written.
+
+  Samples are put on that grid one by one, so that their deviation is that of the images which each
+  alone would have given. The mask goes apart from the values: edges are not blurred with air.
+  """
+  run, modality = synthesizer.run, synthesizer.run.info.modality(target)
+  moments, seconds = _Moments(), 0.0
+  for sample in range(synthesizer.samples):
+    then = time.perf_counter()
+    image = synthesizer.image(source, target, sample)
+    seconds += time.perf_counter() - then
+    moments.add(_placed(image, source.affine, shape, affine, modality.background))
+  _tell(target, source.mask.shape[run.info.plane], synthesizer.samples, seconds)
+  body = volumes.Volume(source.valid & source.mask, source.affine)
+  inside = grids.resample(body, shape, affine, order=0, fill=False)
+  image = _masked(moments.mean, inside, modality.background)
+  made = {"image": _as_written(image, modality.type)}
+  if "std" in kinds:
+    made["std"] = _masked(_one_channel(moments.deviation()), inside, 0)
+  if "fusion" in kinds:
+    name = run.task.sources[0]
+    scan = _placed(scans[name].array, scans[name].affine, shape, affine,
+                   run.info.modality(name).background)
+    grey = (to_model(source.scalings[name][0], scan) + 1) / 2
+    made["fusion"] = _as_written(fusion.render(grey, image), "rgb")
+  return made
+
+
+def _masked(image: np.ndarray, inside: np.ndarray, background: float) -> np.ndarray:
+  """The background outside the body; `image` may have a channel axis behind."""
+  inside = inside.reshape(inside.shape + (1,) * (image.ndim - inside.ndim))
+  return np.where(inside, image, np.float32(background))
+
+
+def _as_written(image: np.ndarray, kind: str) -> np.ndarray:
+  """CT as whole HU, colours as bytes, all else as it is."""
+  if kind == "rgb":
+    return np.round(255 * image.clip(0, 1)).astype(np.uint8)
+  return np.round(image).astype(np.int16) if kind == "ct" else image
+
+
+def _one_channel(deviation: np.ndarray) -> np.ndarray:
+  """Of a colour image the root mean square over its channels, in levels of 0..255."""
+  return deviation if deviation.ndim == 3 else 255 * np.sqrt(np.square(deviation).mean(-1))
+
+
+class _Moments:
+  """Mean and standard deviation of images one after the other (Welford, Technometrics 1962)."""
+
+  def __init__(self):
+    self.count, self.mean, self.squares = 0, np.float32(0), np.float32(0)
+
+  def add(self, image: np.ndarray) -> None:
+    self.count += 1
+    off = image - self.mean
+    self.mean = self.mean + off / self.count
+    self.squares = self.squares + off * (image - self.mean)
+
+  def deviation(self) -> np.ndarray:
+    """Of the sample: divided by the count less one."""
+    return np.sqrt(self.squares / (self.count - 1))
+
+
+def _tell(target: str, slices: int, samples: int, seconds: float) -> None:
+  """Prints how long the network took."""
+  what = f"{slices} slices" if samples == 1 else f"{samples} samples of {slices} slices"
+  print(f"{target}: {what} in {seconds:.1f} s, {seconds / slices / samples:.2g} s a slice",
+        flush=True)
+
+
+def _placed(image: np.ndarray, affine, shape, out_affine, fill: float) -> np.ndarray:
+  """An image [x, y, z] or [x, y, z, C] on the output grid, float32."""
+  if image.ndim == 4:
+    return np.stack([_placed(c, affine, shape, out_affine, fill)
+                     for c in np.moveaxis(image, -1, 0)], -1)
+  return grids.resample(volumes.Volume(image, affine), shape, out_affine, order=1, fill=fill)
 
 
 def _header_of(grid: str, source: Path) -> Path | None:
@@ -121,139 +283,22 @@ def _header_of(grid: str, source: Path) -> Path | None:
   return path if path and path.is_file() else None
 
 
-def _regridded(image, body, affine, shape, out_affine, modality) -> np.ndarray:
-  """On the output grid; the mask apart from the values, so that edges are not blurred with air."""
-  values = grids.resample(volumes.Volume(image, affine), shape, out_affine, order=1,
-                          fill=modality.background)
-  inside = grids.resample(volumes.Volume(body, affine), shape, out_affine, order=0, fill=False)
-  result = np.where(inside, values, np.float32(modality.background))
-  return np.round(result).astype(np.int16) if modality.type == "ct" else result
-
-
-def _sidecar(synthesizer: Synthesizer, inputs: Mapping[str, Path], target: str, grid: str) -> dict:
-  run, info = synthesizer.run, synthesizer.run.info
-  return {
-    "synthetic": True,
-    "notice": "Computer-made image, no measurement; not for diagnosis.",
-    "modality": target, "units": info.modality(target).unit,
-    "made_from": {name: {"file": Path(p).name, "sha256": _digest(Path(p))}
-                  for name, p in inputs.items()},
-    "run": {"folder": run.folder.resolve().name, "stage": synthesizer.stage,
-            "method": run.sections[synthesizer.stage].method, "step": synthesizer.step,
-            "seed": run.config.seed, "sha256": synthesizer.digest},
-    "trained_on": {"name": info.name, "hash": info.hash, "simulated": info.simulated},
-    "grid": grid if grid in GRIDS else {"file": Path(grid).name, "sha256": _digest(Path(grid))},
-    "software": f"medsynth_jax {medsynth_jax.__version__}",
-  }
-
-
-def _digest(path: Path) -> str:
-  digest = hashlib.sha256()
-  for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-    if not file.exists():
-      raise UserError(f"{file}: no such file; check --input")
-    if file.is_file():
-      with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-          digest.update(block)
-  return digest.hexdigest()
-
-
-def _done(path: Path, sidecar: dict) -> bool:
-  """Whether the output is there already from the same input and run; UserError if from another."""
-  files = [path, path.with_name(_stem(path) + ".json")]
-  if volumes.extension(path) == ".mhd":
-    files.append(path.with_suffix(".raw"))
-  there = [f for f in files if f.exists()]
-  if not there:
-    return False
-  if there == files and _parsed(files[1]) == sidecar:
-    print(f"{path}: already made from this input by this run, nothing to do")
-    return True
-  raise UserError(f"{there[0]}: exists with other content; move it away or choose another --output")
-
-
-def _parsed(path: Path) -> object:
-  """A JSON file's content; None if it is none."""
-  try:
-    return json.loads(path.read_text())
-  except ValueError:
-    return None
-
-
-def _stem(path: Path) -> str:
-  return path.name[:len(path.name) - len(volumes.extension(path))] or path.name
-
-
 # --- the command -----------------------------------------------------------------------------
-
-
-def jobs(source: str, output: str, run: runs.Run, target: str
-         ) -> list[tuple[dict[str, Path], dict[str, Path]]]:
-  """[({source: file}, {target: file})] for every scan that the flags name.
-
-  Raises:
-    UserError: nothing to read, sources that the run does not know or lacks, an unknown target.
-  """
-  task = run.task
-  targets = (target,) if target else task.targets
-  for name in targets:
-    if name not in task.targets:
-      raise UserError(f"--target={name}: this run makes {', '.join(task.targets)}")
-  if "=" in source and not Path(source).exists():
-    inputs = dict(_named(part) for part in source.split(","))
-    unknown, missing = set(inputs) - set(task.sources), set(task.sources) - set(inputs)
-    if unknown or (missing and not task.presence):
-      raise UserError(f"--input={source}: this run is made from {', '.join(task.sources)}; name"
-                      f" {'each' if not task.presence else 'some'} of them")
-    return [(inputs, _outputs(Path(output), targets, volumes.extension(output) or ".nii.gz"))]
-  if len(task.sources) > 1:
-    raise UserError(f"this run is made from {', '.join(task.sources)}: give --input="
-                    + ",".join(f"{s}=FILE" for s in task.sources))
-  path, name = Path(source), task.sources[0]
-  if not path.exists():
-    raise UserError(f"{path}: no such file or folder; check --input")
-  files = sorted(p for p in path.iterdir() if volumes.extension(p)) if path.is_dir() else []
-  if not files:
-    return [({name: path}, _outputs(Path(output), targets, volumes.extension(output)))]
-  if volumes.extension(output):
-    raise UserError(f"--output={output}: the input is a folder of {len(files)} files, so the output"
-                    " is a folder too")
-  if Path(output).resolve() == path.resolve():
-    raise UserError(f"--output={output}: is the input folder; choose another")
-  found = []
-  for file in files:
-    kind = volumes.extension(file)
-    found.append(({name: file}, {t: Path(output) / f"{_stem(file)}_{t}{kind}" for t in targets}))
-  return found
-
-
-def _named(part: str) -> tuple[str, Path]:
-  name, _, path = part.partition("=")
-  return name.strip(), Path(path.strip())
-
-
-def _outputs(output: Path, targets: tuple[str, ...], kind: str) -> dict[str, Path]:
-  """{target: file}; several targets get their names before the extension."""
-  if not kind:
-    raise UserError(f"--output={output}: name a file that ends in {', '.join(volumes.EXTENSIONS)}")
-  if len(targets) == 1:
-    return {targets[0]: output}
-  return {t: output.with_name(f"{_stem(output)}_{t}{kind}") for t in targets}
 
 
 def main(argv: list[str]) -> None:
   del argv
   if not (WORKDIR.value and INPUT.value and OUTPUT.value):
     raise UserError("give --workdir=RUN, --input=SCAN and --output=FILE")
-  if GRID.value not in ("", *GRIDS) and not Path(GRID.value).exists():
+  if GRID.value not in ("", *outputs.GRIDS) and not Path(GRID.value).exists():
     raise UserError(f"--grid={GRID.value}: neither source, model nor a file")
-  synthesizer = load(WORKDIR.value, CHECKPOINT.value, STAGE.value)
-  found = jobs(INPUT.value, OUTPUT.value, synthesizer.run, TARGET.value)
+  synthesizer = load(WORKDIR.value, CHECKPOINT.value, STAGE.value, samples=SAMPLES.value,
+                     batch_size=BATCH_SIZE.value, steps=STEPS.value, guidance=GUIDANCE.value)
+  found = outputs.jobs(INPUT.value, OUTPUT.value, synthesizer.run.task, TARGET.value)
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}")
-    for inputs, outputs in tqdm(found, unit="scan", disable=len(found) == 1):
-      for path in scan(synthesizer, inputs, outputs, GRID.value):
+    for inputs, images in tqdm(found, unit="scan", disable=len(found) == 1):
+      for path in scan(synthesizer, inputs, images, GRID.value):
         print(f"{path}: synthetic image written")
 
 
@@ -266,4 +311,10 @@ if __name__ == "__main__":
     "grid", "", "source, model, or a FILE whose grid is used; default source, model for a PET.")
   CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Which checkpoint.")
   STAGE = flags.DEFINE_string("stage", "", "Stage of the run; default: the last that makes images.")
+  SAMPLES = flags.DEFINE_integer(
+    "samples", None, "Write the mean of this many samples, and their standard deviation beside it;"
+    " default: as many as evaluation scored.")
+  BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Slices or patches that are made at once.")
+  STEPS = flags.DEFINE_integer("steps", None, "Steps of a diffusion stage's sampler.")
+  GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance of a stage with a category code.")
   cli.run(main)

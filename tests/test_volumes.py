@@ -69,6 +69,27 @@ def test_itk_and_nifti_files_mean_the_same_place(tmp_path, extension):
   np.testing.assert_array_equal(volume.array, ARRAY)
 
 
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_colour_is_written_in_its_place_and_not_read_as_a_scan(tmp_path, extension):
+  """RGB24 of NIfTI, vectors of ITK: the bytes, channel by channel, at the place of the affine."""
+  path, colours = tmp_path / f"a{extension}", RNG.integers(0, 256, (7, 6, 5, 3), np.uint8)
+  write(path, colours, OBLIQUE)
+  write(tmp_path / "grey.nii", ARRAY, OBLIQUE)
+  if extension in volumes.NIFTI:
+    image = nib.load(path)
+    assert int(image.header["datatype"]) == 128 and image.shape == (7, 6, 5)
+    stored = np.stack([np.asarray(image.dataobj)[c] for c in "RGB"], -1)
+    np.testing.assert_allclose(image.affine, OBLIQUE, atol=1e-5)
+  else:
+    image, grey = sitk.ReadImage(str(path)), sitk.ReadImage(str(tmp_path / "grey.nii"))
+    stored = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3)
+    for part in ("GetOrigin", "GetSpacing", "GetDirection"):
+      np.testing.assert_allclose(getattr(image, part)(), getattr(grey, part)(), atol=1e-4)
+  np.testing.assert_array_equal(stored, colours)
+  with pytest.raises(UserError, match="colour"):
+    read(path)
+
+
 def test_slope_and_trailing_axes_and_masks(tmp_path):
   stored = np.arange(24, dtype=np.int16).reshape(2, 3, 4, 1)
   nib.save(nib.Nifti1Image(stored, np.eye(4)), tmp_path / "a.nii")

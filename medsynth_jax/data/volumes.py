@@ -78,9 +78,9 @@ def write(path: str | os.PathLike, array: np.ndarray, affine: np.ndarray,
           like: str | os.PathLike | None = None) -> None:
   """Writes a scan in the format that the name's extension says, complete or not at all.
 
-  `array` [i, j, k] (bool is stored as uint8), `affine` voxel -> RAS+ mm; `like` is a NIfTI file
-  whose orientation codes are taken over. Raises UserError for an unknown extension, an unwritable
-  folder or a full disk.
+  `array` [i, j, k] (bool is stored as uint8), or [i, j, k, 3] uint8: a colour image, which `read`
+  refuses. `affine` voxel -> RAS+ mm; `like` is a NIfTI file whose orientation codes are taken over.
+  Raises UserError for an unknown extension, an unwritable folder or a full disk.
   """
   path = Path(path)
   kind = extension(path)
@@ -218,6 +218,8 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, like) -> Non
     header = nib.load(like).header
     codes = int(header["sform_code"]), int(header["qform_code"])
     codes = codes if any(codes) else (1, 1)
+  if array.ndim == 4:
+    array = np.ascontiguousarray(array).view([(c, np.uint8) for c in "RGB"])[..., 0]  # RGB24
   image = nib.Nifti1Image(array, affine)
   image.header.set_xyzt_units("mm")
   image.set_sform(affine, codes[0] or codes[1])
@@ -289,7 +291,8 @@ def _write_itk(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
   lps = LPS @ affine
   spacing = np.sqrt((lps[:3, :3] ** 2).sum(0))
-  image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+  stored = np.ascontiguousarray(array.transpose(2, 1, 0, *range(3, array.ndim)))
+  image = sitk.GetImageFromArray(stored, isVector=array.ndim == 4)
   image.SetSpacing(spacing.tolist())
   image.SetOrigin(lps[:3, 3].tolist())
   image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
@@ -297,7 +300,7 @@ def _write_itk(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     sitk.WriteImage(image, str(path), useCompression=extension(path) != ".mhd")
     # ITK does not report a full disk in every format: read back what was written.
     written = sitk.ReadImage(str(path))
-    if not np.array_equal(sitk.GetArrayViewFromImage(written), array.T):
+    if not np.array_equal(sitk.GetArrayViewFromImage(written), stored):
       raise RuntimeError("read back differs")
   except RuntimeError as error:
     full = shutil.disk_usage(path.parent).free < array.nbytes
