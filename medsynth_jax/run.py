@@ -87,20 +87,22 @@ class Run:
     Raises:
       UserError: such a batch needs more memory than is free.
     """
-    settings, (state, batch) = self.config.synthesis, self._served_shapes(stage)
+    settings = self.config.synthesis
     made = stage, settings.batch_size, settings.mirror
     if made not in self._predictors:
-      synthesize = self.methods[stage].synthesize
+      synthesize, shapes = self.methods[stage].synthesize, self._served_shapes(stage)
       if settings.mirror:
         synthesize = serving.mirrored(synthesize, self._left_right())
-      self._predictors[made] = serving.compile_ahead(stage, synthesize, self.mesh, state, batch)
-    serving.check_memory(stage, self._predictors[made], (batch, () if loaded else state),
-                         settings.batch_size, "patches" if len(self.task.size) == 3 else "slices")
-    return self._predictors[made]
+      compiled = serving.compile_ahead(stage, synthesize, self.mesh, *shapes)
+      self._predictors[made] = compiled, shapes
+    compiled, (state, batch) = self._predictors[made]
+    serving.check_memory(stage, compiled, (batch, () if loaded else state), settings.batch_size,
+                         "patches" if len(self.task.size) == 3 else "slices")
+    return compiled
 
   @functools.cached_property
   def _predictors(self) -> dict:
-    """What `predictor` has compiled."""
+    """What `predictor` has compiled, with the shapes that it takes."""
     return {}
 
   def _served_shapes(self, stage: str) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
