@@ -80,7 +80,7 @@ class Synthesizer:
 def load(workdir: str | Path, which: str = "best", stage: str = "", *, samples: int | None = None,
          batch_size: int | None = None, steps: int | None = None, guidance: float | None = None,
          ) -> Synthesizer:
-  """Opens RUN for synthesis; `stage` is its last one that makes images, unless named.
+  """Opens RUN for synthesis by `stage`, or the run's system: see `_stage`.
 
   Args:
     samples, batch_size: instead of the fields `config.synthesis` of the run.
@@ -92,10 +92,7 @@ def load(workdir: str | Path, which: str = "best", stage: str = "", *, samples: 
   """
   changes = {} if batch_size is None else {"synthesis.batch_size": batch_size}
   run = runs.open_run(workdir, changes)
-  able = [s for s, m in run.methods.items() if m.synthesize and not m.sees_target]
-  if stage and stage not in able:
-    raise UserError(f"--stage={stage}: this run makes images in {', '.join(able)}")
-  stage = stage or able[-1]
+  stage = _stage(run, stage)
   asked = _sampling(run, stage, steps, guidance)
   if asked:
     run = runs.open_run(workdir, changes | asked)
@@ -103,6 +100,17 @@ def load(workdir: str | Path, which: str = "best", stage: str = "", *, samples: 
   predict = run.predictor(stage)  # first: what does not fit the memory is told before it is filled
   state, step = run.restore(stage, which)
   return Synthesizer(run, stage, step, predict, state, _model_digest(run, state), samples)
+
+
+def _stage(run: runs.Run, asked: str) -> str:
+  """The stage that makes the images: as asked, else the last that is built on earlier ones.
+
+  A stage that needs none beside others that do is a baseline of them; where all are such, the last.
+  """
+  able = [s for s, m in run.methods.items() if m.synthesize and not m.sees_target]
+  if asked and asked not in able:
+    raise UserError(f"--stage={asked}: this run makes images in {', '.join(able)}")
+  return asked or ([s for s in able if run.needs(s)] or able)[-1]
 
 
 def _sampling(run: runs.Run, stage: str, steps: int | None, guidance: float | None
@@ -310,7 +318,7 @@ if __name__ == "__main__":
   GRID = flags.DEFINE_string(
     "grid", "", "source, model, or a FILE whose grid is used; default source, model for a PET.")
   CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Which checkpoint.")
-  STAGE = flags.DEFINE_string("stage", "", "Stage of the run; default: the last that makes images.")
+  STAGE = flags.DEFINE_string("stage", "", "Stage of the run; default: its system, no baseline.")
   SAMPLES = flags.DEFINE_integer(
     "samples", None, "Write the mean of this many samples, and their standard deviation beside it;"
     " default: as many as evaluation scored.")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import make_toy_data
-from test_train import get_config
+from test_train import get_config, scale_build, two_stages
 
 from medsynth_jax import builtin, methods, outputs, run, synthesize, train, windows
 from medsynth_jax import config as configs
@@ -471,6 +471,20 @@ def test_changes_of_a_run_are_checked(drawn):
     synthesize.load(drawn[0], batch_size=0)
   with pytest.raises(UserError, match="no field drawn.speed"):
     run.open_run(drawn[0], {"drawn.speed": 3})
+
+
+def test_the_system_makes_the_images_not_its_baseline(toy_data, tmp_path, monkeypatch):
+  monkeypatch.setitem(methods.METHODS, "scale", scale_build)
+  config = two_stages(toy_data)
+  config.stages = ("first", "second", "alone")
+  config.alone = configs.stage("scale", steps=1, batch_size=2)
+  here = run.build(config, Store(toy_data).info, tmp_path)
+  assert synthesize._stage(here, "") == "second" and synthesize._stage(here, "alone") == "alone"
+  config.stages = ("first", "alone")
+  here = run.build(config, Store(toy_data).info, tmp_path)
+  assert synthesize._stage(here, "") == "alone"
+  with pytest.raises(UserError, match="--stage=second: this run makes images in first, alone"):
+    synthesize._stage(here, "second")
 
 
 # --- PET in colour on MR -------------------------------------------------------------------------
