@@ -88,7 +88,8 @@ def timesteps(total: int, steps: int, spacing: str, skip_first: bool = False) ->
   `skip_first`: leading and linspace with one point more, less the last of them (position 0).
   """
   if spacing == "trailing":
-    return np.round(total - np.arange(steps) * (total / steps)).astype(int) - 1
+    falling = np.arange(total, 0, -total / steps)[:steps]  # rounding may add one that is ~ 0
+    return np.round(falling).astype(int) - 1
   points = steps + skip_first
   if spacing == "leading":
     rising = np.arange(points) * (total // points)
@@ -151,7 +152,8 @@ def sample(sampler: Sampler, predict: Callable, keys: jax.Array, shape: Sequence
     sampler: from `make`.
     predict: (x float32 [B, *shape], level float32 [B]) -> output [B, *shape] of the kind that
       `sampler.process.prediction` names; level is the log-SNR of x.
-    keys: typed keys [B]; an example's noise depends on its own key alone.
+    keys: typed keys [B]; an example's noise depends on its own key alone: that of the step from
+      position t is drawn with fold_in(key, t), the first image with fold_in(key, T).
     shape: of one image, channels last.
     limits: (low, high), numbers or arrays, to which every predicted x0 is clipped (pixels); None
       for latents.
