@@ -43,8 +43,7 @@ class _Side(nn.Module):
     return self.residual(x, x.shape[-1], "middle_1")
 
   def last(self, x, features):
-    x = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(x))
-    return head(x, features, "none")
+    return head(GroupNorm(self.groups, self.dtype, name="norm_out")(x), features, "none")
 
 
 class Encoder(_Side):
@@ -57,7 +56,7 @@ class Encoder(_Side):
       for index in range(self.blocks):
         x = self.residual(x, width, f"down_{level}_{index}")
       if level < len(self.channels) - 1:
-        x = Downsample(self.dtype, name=f"down_{level}_resample")(x)
+        x = Downsample("same", self.dtype, name=f"down_{level}_resample")(x)
     x = self.last(self.middle(x), self.latent_channels)
     return tuple(
       dense(self.latent_channels, jnp.float32, name)(x) for name in ("mean", "log_variance"))
@@ -75,7 +74,7 @@ class Decoder(_Side):
       for index in range(self.blocks):
         x = self.residual(x, self.channels[level], f"up_{level}_{index}")
       if level:
-        x = Upsample(self.dtype, name=f"up_{level}_resample")(x)
+        x = Upsample(dtype=self.dtype, name=f"up_{level}_resample")(x)
     return self.last(x, 1)
 
 

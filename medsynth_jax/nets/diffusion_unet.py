@@ -151,7 +151,7 @@ class DiffusionUNet(nn.Module):
       name = f"{way}_{level}_resample"
       if self.resampling == "residual":
         return residual(x.shape[-1], resample=way, name=name)(x, embedding)
-      return (Downsample if way == "down" else Upsample)(self.dtype, name=name)(x)
+      return (Downsample if way == "down" else Upsample)(dtype=self.dtype, name=name)(x)
 
     last = len(self.multiples) - 1
     x = Conv(self.base * self.multiples[0], dtype=self.dtype, name="conv_in")(x)
