@@ -139,15 +139,29 @@ def test_iterator_state_continues_exactly(store, section):
 
 
 def test_stages_and_seeds_draw_differently(store):
-  def rows(seed, number):
+  """The order of a cell, and of the cells: shuffled, by the seed and the stage."""
+  def order(seed, number):
     config = both()
     config.seed = seed
-    task = make_task(config.data, store.info)
-    batch = next(iter(training(store, task, Augment(), stage(balance="category", batch_size=16),
-                               config, number)))
-    return list(zip(batch["volume"], batch["slice"], strict=True))
-  assert rows(0, 0) == rows(0, 0)
-  assert rows(0, 0) != rows(1, 0) and rows(0, 0) != rows(0, 1)
+    batch = next(iter(training(store, make_task(config.data, store.info), Augment(),
+                               stage(balance="category", batch_size=32), config, number)))
+    rows = zip(batch["volume"], batch["slice"], batch["target_modality"], strict=True)
+    rows = [tuple(map(int, r)) for r in rows]
+    return [r for r in rows if r[2] == 1], [r[2] for r in rows]
+  first = order(0, 0)
+  assert first == order(0, 0) and first[0] != sorted(first[0])
+  for other in (order(1, 0), order(0, 1)):
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_cells_are_shuffled_apart(store):
+  """Cells of one size do not go through their slices in step."""
+  one, other = store.info.cases[0], store.info.cases[4]  # b and c, eight slices each
+  info = dataclasses.replace(store.info, cases=tuple(
+    c if c in (one, other) else dataclasses.replace(c, split="test") for c in store.info.cases))
+  rows = drawn(Store(store.folder, info), 8, balance="category")
+  slices = [[r[1] for r in rows if r[-1] == target] for target in (1, 2)]
+  assert len(slices[0]) == len(slices[1]) == 16 and slices[0] != slices[1]
 
 
 # --- single images -----------------------------------------------------------------------------
@@ -315,7 +329,7 @@ def confounded(tmp_path_factory):
   config = configs.base()
   config.data.update(source="pet", targets="ct,t2", size="32,32", threads=0)
   config.data.simulated.update(n_subjects=10, missing="confounded", missing_share=1.0, groups=2,
-                               spacing="12,12,12", folds=2)
+                               spacing="12,12,12", folds=2, seed=1)
   return config, Store(builtin.make(config, tmp_path_factory.mktemp("confounded")))
 
 
