@@ -124,8 +124,9 @@ def _greys(picture: Picture, unit: str) -> list[tuple]:
 def _colours(picture: Picture) -> list[tuple]:
   """The same of colour images in 0..1."""
   error = np.where(picture.mask, np.abs(picture.synthetic - picture.target).mean(-1), 0)
+  limit = _limit(error, picture.mask)
   return [("target", picture.target, (0, 1), None), ("synthetic", picture.synthetic, (0, 1), None),
-          ("|synthetic - target|, of 1", error, (0, _limit(error, picture.mask)), "magma")]
+          ("|synthetic - target|, mean of channels", error, (0, limit), "magma")]
 
 
 def _limit(error: np.ndarray, mask: np.ndarray) -> float:

@@ -125,7 +125,8 @@ def _correlation(results: Results, target: str) -> list[str]:
            f" slices, mean over subjects; {count} slices, each with {uptake.LEAST} mask voxels or"
            " more):",
            *_aligned([["row", "metric", *names], *body])]
-  return [*lines, "At a fixed range PSNR falls exactly when MSE rises: rho(PSNR) = -rho(MSE)."]
+  return [*lines, "At a fixed range PSNR falls exactly when MSE rises: rho(PSNR) = -rho(MSE). Each"
+          " subject's own, and Pearson's: uptake_correlation in summary.json."]
 
 
 def _rho(cell: Mapping[str, Any]) -> str:

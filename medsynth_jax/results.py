@@ -120,9 +120,10 @@ class Results:
     return {row: {g: c for g, c in cells.items() if c} for row, cells in found.items()}
 
   def correlations(self, target: str) -> dict[str, dict]:
-    """{stage: `uptake.correlations` of its slices}; nothing for targets that show no uptake."""
+    """{stage: `uptake.correlations` of its slices}, without bounds; {} where no uptake is shown."""
     return {row: uptake.correlations(self.slices[target, row], SLICE_METRICS)
-            for row in self.stages if (target, row) in self.slices}
+            for row, stage in self.stages.items()
+            if (target, row) in self.slices and not stage.bound}
 
   def not_told(self, target: str) -> tuple[list[str], list[str]]:
     """Subjects of a PET target (without a voxel above `uptake.HOT`, with no other voxel)."""
