@@ -116,12 +116,18 @@ def bytes_of(tree: Any) -> int:
              for x in jax.tree.leaves(tree))
 
 
+# XLA:CPU does not tell what its convolutions copy: U-Nets (2-D, 3-D), image and latent
+# diffusion took 1.4 to 1.8 times what it tells (peak resident memory, jax 0.10.2).
+UNTOLD = {"cpu": 1.8}
+
+
 def working_memory(compiled) -> int | None:
   """Bytes that a compiled function takes on a device beside its arguments; None if not told."""
   told = compiled.memory_analysis()
   if told is None:
     return None
-  return told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+  sizes = told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+  return int(UNTOLD.get(jax.default_backend(), 1.0) * sizes)
 
 
 def free_memory() -> int | None:

@@ -114,10 +114,10 @@ def test_every_kind_of_batch_is_foreseen(size, unit, toy_data, tmp_path, monkeyp
 # --- what is free ----------------------------------------------------------------------------
 
 
-def test_working_memory_holds_the_output(monkeypatch):
+def test_working_memory_holds_the_output():
   compiled = jax.jit(lambda x: x[:, None] * x).lower(jax.ShapeDtypeStruct((500,), "float32")
                                                      ).compile()
-  assert 10**6 <= sharding.working_memory(compiled) < 10**7
+  assert 1.8e6 <= sharding.working_memory(compiled) < 1e7  # on a CPU 1.8 times what it tells
 
 
 def test_free_memory_of_this_machine():

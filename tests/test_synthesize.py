@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -361,6 +362,21 @@ def test_any_batch_size_gives_the_same_image_of_a_network(tiny_run, t1):
   one, three, eight = made(1), made(3), made(8)
   np.testing.assert_allclose(three, one, atol=1e-4 * np.ptp(one))
   np.testing.assert_allclose(eight, one, atol=1e-4 * np.ptp(one))
+
+
+def test_eight_devices_share_a_batch(tiny_run, t1, tmp_path):
+  code = ("import sys, jax, numpy as np; from medsynth_jax import synthesize;"
+          " from medsynth_jax.data import case, volumes; assert jax.device_count() == 8;"
+          " maker = synthesize.load(sys.argv[1], batch_size=8);"
+          " source = case.prepare_source({'t1': volumes.read(sys.argv[2])}, maker.run.info);"
+          " np.save(sys.argv[3], maker.image(source, 't2'))")
+  done = subprocess.run([sys.executable, "-c", code, str(tiny_run), str(t1), tmp_path / "x.npy"],
+                        cwd=ROOT, capture_output=True, text=True, env=os.environ | {
+                          "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+  assert done.returncode == 0, done.stderr
+  maker = synthesize.load(tiny_run)
+  alone = maker.image(prepare_source({"t1": volumes.read(t1)}, maker.run.info), "t2")
+  np.testing.assert_allclose(np.load(tmp_path / "x.npy"), alone, atol=1e-4 * np.ptp(alone))
 
 
 def test_mean_and_deviation_of_samples(drawn, tmp_path, capsys):
