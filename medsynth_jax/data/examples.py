@@ -103,13 +103,15 @@ def _check_fusion(pet: str, sources: tuple[str, ...], targets: tuple[str, ...],
     return
   if pet not in pets:
     raise UserError(f"data.fusion='{pet}' is no PET modality; this data set has"
-                    f" {', '.join(pets) or 'none'} (the type is set when it is prepared)")
+                    f" {', '.join(pets) or 'none'} (the type is set when it is prepared); without"
+                    " a fusion image set data.fusion=''")
   if info.modality(sources[0]).type != "mr":
     raise UserError(f"data.fusion={pet}: PET is shown on the first source, which must be an MR;"
                     f" '{sources[0]}' is of type {info.modality(sources[0]).type}")
   if pet in sources or not (learned or pet in targets):
     raise UserError(f"data.fusion={pet}: it is to be synthesised; set data.targets=fusion to learn"
-                    f" the colour image, or data.targets={pet} to render it afterwards")
+                    f" the colour image, data.targets={pet} to render it afterwards, or without a"
+                    " fusion image data.fusion=''")
 
 
 def _in_plane(case: Case, info: Info) -> tuple[int, ...]:
