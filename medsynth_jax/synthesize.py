@@ -3,7 +3,9 @@
 python -m medsynth_jax.synthesize --workdir=RUN --input=ct.nii.gz --output=smr.nii.gz
 
 Reads the run folder only. Input: a file, a folder of files, a folder that holds a DICOM series, or
-t1=FILE,flair=FILE for a run with several sources. Beside each image lies a JSON sidecar.
+t1=FILE,flair=FILE for a run with several sources. A run with several targets makes all of them, or
+--target. Of a diffusion stage --samples=N writes the mean of N samples and their standard
+deviation; --steps and --guidance change its sampler. Beside each image lies a JSON sidecar.
 """
 
 import dataclasses
