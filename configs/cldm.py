@@ -67,8 +67,8 @@ def paper(config):
 
 def test(config):
   common.tiny(config)
-  config.autoencoder.network.update(channels=(4, 8), blocks=1)
+  config.autoencoder.network.update(channels=(4, 8), blocks=1, groups=2)
   config.autoencoder.discriminator.update(base=4, n_layers=1)
-  config.cldm.network.update(base=8, multiples=(1, 2), blocks=1, attention=(2,))
+  config.cldm.network.update(base=8, multiples=(1, 2), blocks=1, attention=(2,), groups=2)
   config.cldm.sampler.steps = 3
   config.unet.generator.channels = (4, 8)

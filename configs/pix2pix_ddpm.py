@@ -65,6 +65,6 @@ def test(config):
   common.tiny(config)
   config.pix2pix.generator.update(base=4, max_depth=3)
   config.pix2pix.discriminator.update(base=4, n_layers=1)
-  config.ddpm.network.update(base=8, multiples=(1, 2), blocks=1)
+  config.ddpm.network.update(base=8, multiples=(1, 2), blocks=1, groups=2)
   config.ddpm.sampler.steps = 3
   config.unet.generator.channels = (4, 8)

@@ -105,6 +105,8 @@ def stages(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def folds(section: ConfigDict) -> tuple[str, ...]:
   """The stages that make a stage's coarse training images out of fold."""
+  if section.get("combine", "") == "start":  # coarse images in synthesis only
+    return ()
   return tuple(f"{FOLD}{i}" for i in range(section.get("folds", 0)))
 
 

@@ -23,6 +23,8 @@ from flax import struct
 
 Batch = Mapping[str, jax.Array]
 
+NOISES = ("slice", "volume")  # what shares the noise of a synthesis
+
 _INIT = 2**32 - 1  # a step number that no run reaches: the key of initialisation
 
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from medsynth_jax import checkpoint, serving, sharding
 from medsynth_jax import config as configs
-from medsynth_jax.contract import Method, State, create, served
+from medsynth_jax.contract import NOISES, Method, State, create, served
+from medsynth_jax.data import draws
 from medsynth_jax.data.dataset import Info, load_info, save_info
 from medsynth_jax.data.examples import Task, make_task
 from medsynth_jax.data.pipeline import example_batch
@@ -74,6 +75,29 @@ class Run:
     frozen = checkpoint.load_frozen(folder, shape.frozen)
     return served(state, self.methods[stage].keeps).replace(frozen=frozen), step
 
+  def pretrained(self, stage: str) -> dict[str, Any]:
+    """{net: parameters} of the stage of that name in the run that the field `pretrained` names.
+
+    Those that synthesis uses are averaged, as they were served.
+
+    Raises:
+      UserError: no such run, stage or checkpoint, or nets of other sizes.
+    """
+    folder = self.sections[stage].get("pretrained", "")
+    if not folder:
+      return {}
+    other, where = open_run(folder), f"{stage}.pretrained={folder}"
+    if stage not in other.methods:
+      raise UserError(f"{where}: that run has no such stage, only {', '.join(other.methods)}")
+    mine, theirs = _leaves(self.shape(stage).nets), _leaves(other.shape(stage).nets)
+    for name in {**mine, **theirs}:
+      if mine.get(name) != theirs.get(name):
+        raise UserError(f"{where}: {name} is {theirs.get(name, 'absent')} there and"
+                        f" {mine.get(name, 'absent')} here; give the section '{stage}' the network"
+                        " fields that stand in that run's config.json")
+    state = checkpoint.load_state(other.folder / stage, other.shape(stage))[0]
+    return {**state.nets, **served(state, other.methods[stage].keeps).nets}
+
   def predictor(self, stage: str, loaded: bool = False):
     """`method.synthesize` of a stage, compiled for batches of `synthesis.batch_size` examples.
 
@@ -126,6 +150,12 @@ class Run:
     return sharding.put_same(self.mesh, batch)
 
 
+def _leaves(nets) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of all parameters."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+          for path, x in jax.tree_util.tree_leaves_with_path(nets)}
+
+
 def check(config: ConfigDict, folder: Path) -> None:
   """What can be told of a training run before its data are made.
 
@@ -142,6 +172,9 @@ def check(config: ConfigDict, folder: Path) -> None:
     for need in configs.needs(section):
       if need not in known:
         raise UserError(f"stage '{stage}' needs '{need}', which is no earlier stage")
+    if not section.steps and not section.get("pretrained", ""):
+      raise UserError(f"stage '{stage}': steps=0 leaves random weights; give steps, or the run that"
+                      f" they come from by {stage}.pretrained=RUN")
     known.append(stage)
     sharding.check_batch(section.batch_size, mesh)
   stray = [] if not folder.is_dir() or (folder / "config.json").exists() else sorted(
@@ -167,7 +200,8 @@ def build(config: ConfigDict, info: Info, folder: Path) -> Run:
     if len(run.task.targets) > 1 and not method.many_targets:
       raise UserError(f"data.targets={config.data.targets}: {run.sections[stage].method} makes one"
                       " target; train one run a target")
-  run.shape(list(methods)[-1])  # a size that a network refuses is told now, not after hours
+  for stage in methods:
+    run.shape(stage)  # a size that a network refuses is told now, not after hours
   return run
 
 
@@ -200,6 +234,14 @@ def start(config: ConfigDict, info: Info, folder: Path) -> Run:
   """
   check(config, folder)
   run = build(config, info, folder)
+  if config.synthesis.noise not in NOISES:
+    raise UserError(f"synthesis.noise={config.synthesis.noise!r}: choose one of"
+                    f" {', '.join(NOISES)}")
+  for stage, section in run.sections.items():  # refused now, not when its turn has come
+    draws.check(info, run.task, section)
+    draws.training_index(info, run.task, section.exclude_fold, section.draw)
+    if not (folder / stage).exists():
+      run.pretrained(stage)
   if (folder / "config.json").exists():
     changed = configs.differences(checkpoint.read_config(folder), config)
     if changed:

@@ -35,7 +35,7 @@ def get_config(name: str, variant: str = "test") -> ConfigDict:
 
 def toy_config(name: str, data, **fields) -> ConfigDict:
   config = get_config(name)
-  config.data.update(dir=str(data), source="a", targets="b")
+  config.data.update(dir=str(data), source="a", targets="b", fusion="")
   config.update(fields)
   return config
 

@@ -3,6 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from medsynth_jax import config as configs
 from medsynth_jax.data import fusion
 from medsynth_jax.data.dataset import Case, Info
 from medsynth_jax.data.examples import Task, single_images, usable
@@ -19,7 +20,7 @@ def check(info: Info, task: Task, section: ConfigDict) -> None:
     UserError: an unknown `draw` or `balance`; "single" of a fusion image, with neighbouring slices
       or with a simulated misalignment; folds that the data set does not have.
   """
-  draw, balance, folds = section.draw, section.get("balance", ""), section.get("folds", 0)
+  draw, balance, folds = section.draw, section.get("balance", ""), len(configs.folds(section))
   if draw not in DRAWS:
     raise UserError(f"draw={draw!r}: choose one of {', '.join(DRAWS)}")
   if balance not in BALANCES:
