@@ -32,6 +32,14 @@ def config_for(name, data, *changes, targets=None):
   return config
 
 
+def _averaging(opt, params):
+  """An optimiser's state whose moving average is the net."""
+  def is_average(x):
+    return isinstance(x, Average)
+  return jax.tree.map(lambda x: x._replace(params=params) if is_average(x) else x, opt,
+                      is_leaf=is_average)
+
+
 def filled(shape, seed):
   """A first state with random weights from NumPy: compiling their own initialisation takes long."""
   rng = np.random.default_rng(seed)
@@ -40,9 +48,7 @@ def filled(shape, seed):
                                                    ** 0.5), x.dtype)
   nets = jax.tree.map(draw, shape.nets)
   opts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape.opts)
-  is_average = lambda x: isinstance(x, Average)  # noqa: E731
-  opts = {name: jax.tree.map(lambda x: x._replace(params=nets[name]) if is_average(x) else x,
-                             opts[name], is_leaf=is_average) for name in opts}
+  opts = {name: _averaging(opts[name], nets[name]) for name in opts}
   aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape.aux)
   return shape.replace(step=jnp.int32(0), key=jax.random.key(seed), nets=nets, opts=opts, aux=aux,
                        frozen={})
@@ -114,6 +120,23 @@ def test_adversarial_term_waits_for_its_step(three):
 def test_autoencoder_without_adversary_has_one_net(three):
   here, states = built("cldm", three, ("autoencoder.adversarial", 0.0))
   assert set(states["autoencoder"].nets) == {"autoencoder"}
+
+
+def test_perceptual_term_reads_a_local_file(three, tmp_path):
+  from medsynth_jax.nets import perceptual
+  rng, arrays, width = np.random.default_rng(0), {}, 3
+  for layer in perceptual.LAYERS:
+    arrays[f"{layer}/kernel"] = rng.normal(size=(3, 3, width, 2)).astype(np.float32)
+    arrays[f"{layer}/bias"], width = np.zeros(2, np.float32), 2
+  np.savez(tmp_path / "vgg.npz", **arrays)
+  fields = {"autoencoder.perceptual.weight": 1.0,
+            "autoencoder.perceptual.weights": str(tmp_path / "vgg.npz")}
+  here, states = built("cldm", three, *fields.items())
+  step = jax.jit(here.methods["autoencoder"].step)
+  _, metrics = step(states["autoencoder"], batch_of(here), jax.random.key(1))
+  assert float(metrics["perceptual"]) > 0
+  (tmp_path / "vgg.npz").unlink()
+  run.build(here.config, here.info, "nowhere")  # a trained run needs the file no more
 
 
 def test_latent_scale_is_one_over_the_standard_deviation(three):

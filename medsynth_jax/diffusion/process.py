@@ -58,6 +58,20 @@ class Process:
     """Weights [B] of the network's squared errors at these levels."""
     return parametrisation.weight(self.weighting, self.prediction, level, self.gamma)
 
+  def corrupted(self, key: jax.Array, clean: jax.Array
+                ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A training example of each image of `clean` [B, ...].
+
+    Returns (noisy image, its level [B], what the network should give for it, the weight [B, 1, ...]
+    of its squared error).
+    """
+    level_key, noise_key = jax.random.split(key)
+    level = self.levels(level_key, len(clean))
+    noise = jax.random.normal(noise_key, clean.shape)
+    return (parametrisation.add_noise(clean, noise, level), level,
+            parametrisation.target(self.prediction, clean, noise, level),
+            self.weight(level).reshape((-1,) + (1,) * (clean.ndim - 1)))
+
 
 def make(fields: Mapping[str, Any]) -> Process:
   """The process that a config section with the fields of DEFAULTS describes.

@@ -10,7 +10,7 @@ from medsynth_jax import losses, optim
 from medsynth_jax.config import stages
 from medsynth_jax.contract import Method, update
 from medsynth_jax.errors import UserError
-from medsynth_jax.nets import registry
+from medsynth_jax.nets import perceptual, registry
 
 
 def build(config, stage, info, methods) -> Method:

@@ -12,7 +12,6 @@ from medsynth_jax.config import names, stages
 from medsynth_jax.contract import Method, category, earlier, example_keys, update
 from medsynth_jax.diffusion import guidance, samplers
 from medsynth_jax.diffusion import process as processes
-from medsynth_jax.diffusion.parametrisation import add_noise, target
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import registry
 
@@ -63,23 +62,19 @@ def build(config, stage, info, methods) -> Method:
     return {"denoiser": network.init(key, x, jnp.zeros(1), code)["params"]}
 
   def step(state, batch, key):
-    posterior_key, level_key, noise_key, code_key, dropout_key = jax.random.split(key, 5)
+    posterior_key, noise_key, code_key, dropout_key = jax.random.split(key, 4)
     mean, std = apply(state, batch["target"], "encode")
     clean = scale(state) * (mean + std * jax.random.normal(posterior_key, mean.shape))
     source = encode_source(state, batch)
-    level = process.levels(level_key, len(clean))
-    noise = jax.random.normal(noise_key, clean.shape)
-    noisy = add_noise(clean, noise, level)
-    wanted = target(process.prediction, clean, noise, level)
+    noisy, level, wanted, weight = process.corrupted(noise_key, clean)
     dropped = jax.random.bernoulli(code_key, section.code_dropout, (len(clean),))
     code = jnp.where(dropped, null, category(batch, codes))
-    each = process.weight(level).reshape((-1,) + (1,) * (clean.ndim - 1))
     seen = shrunk(losses.pixel_weight(batch))
 
     def loss(params):
       output = network.apply({"params": params}, jnp.concatenate([noisy, source], -1), level, code,
                              deterministic=False, rngs={"dropout": dropout_key})
-      error = jnp.square(output - wanted) * each
+      error = weight * jnp.square(output - wanted)
       return losses.weighted_mean(error, seen)
     value, grads = jax.value_and_grad(loss)(state.nets["denoiser"])
     return update(state, txs, denoiser=grads), {process.prediction: value}

@@ -12,7 +12,6 @@ from medsynth_jax.config import folds, stages, target_channels
 from medsynth_jax.contract import Method, earlier, example_keys, update
 from medsynth_jax.diffusion import process as processes
 from medsynth_jax.diffusion import samplers
-from medsynth_jax.diffusion.parametrisation import add_noise, target
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import registry
 
@@ -60,21 +59,16 @@ def build(config, stage, info, methods) -> Method:
     return {"denoiser": network.init(key, x, jnp.zeros(len(x)))["params"]}
 
   def step(state, batch, key):
-    level_key, noise_key, dropout_key, coarse_key = jax.random.split(key, 4)
+    noise_key, dropout_key, coarse_key = jax.random.split(key, 3)
     coarse = training_coarse(state, batch, coarse_key) if sees_coarse else None
     clean = batch["target"] - coarse if residual else batch["target"]
-    level = process.levels(level_key, len(clean))
-    noise = jax.random.normal(noise_key, clean.shape)
-    noisy = add_noise(clean, noise, level)
-    wanted = target(process.prediction, clean, noise, level)
-
+    noisy, level, wanted, weight = process.corrupted(noise_key, clean)
     seen = condition(batch, coarse)
-    each = process.weight(level).reshape((-1,) + (1,) * (clean.ndim - 1))
 
     def loss(params):
       output = network.apply({"params": params}, jnp.concatenate([noisy, seen], -1), level,
                              deterministic=False, rngs={"dropout": dropout_key})
-      error = jnp.square(output - wanted) * each
+      error = weight * jnp.square(output - wanted)
       return losses.weighted_mean(error, losses.pixel_weight(batch))
     value, grads = jax.value_and_grad(loss)(state.nets["denoiser"])
     return update(state, txs, denoiser=grads), {process.prediction: value}
