@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -174,18 +175,27 @@ def test_uptake_of_every_row(rendered, pet_data):
   assert "auc_hot" not in summary(here)["scores"]["a->fusion"]["half"]
 
 
-def test_subjects_without_a_hot_voxel_are_told(rendered, pet_data, monkeypatch):
+@pytest.fixture(scope="module")
+def odd(rendered, pet_data, tmp_path_factory):
+  """The same run on data with a region, one subject without uptake, and slices all too small."""
   here, _ = rendered
+  folder = tmp_path_factory.mktemp("odd") / "run"
+  shutil.copytree(here.folder, folder)
   cold = here.info.split("test")[0].subject
-  class Colder(Store):
+  class Odd(Store):
     def volume(self, case):
       arrays = super().volume(case)
-      if case.subject == cold:
-        arrays["images"]["pet"] = arrays["images"]["pet"] / 10
-      return arrays
-  with monkeypatch.context() as patch:
+      pet = arrays["images"]["pet"] / (10 if case.subject == cold else 1)
+      return arrays | {"images": arrays["images"] | {"pet": pet}, "rois": {"hot": pet > 5}}
+  moved = dataclasses.replace(here, folder=folder, info=dataclasses.replace(
+    here.info, rois=("hot",)))
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(uptake, "LEAST", 10**6)
-    table = evaluate.evaluate(here, Colder(pet_data), split="test")
+    return moved, evaluate.evaluate(moved, Odd(pet_data)), cold
+
+
+def test_subjects_without_hot_voxels_are_told(odd, pet_data):
+  here, table, cold = odd
   assert f"No voxel is hot, so that nothing hot is scored: {cold}." in table
   hot = [c.subject for c, (_, x, m) in zip(here.info.split("test"), volumes(pet_data), strict=True)
          if (x[m] > 2.5).all() and c.subject != cold]
@@ -195,10 +205,29 @@ def test_subjects_without_a_hot_voxel_are_told(rendered, pet_data, monkeypatch):
   assert found["protocol"]["targets"]["pet"]["subjects_without_hot_voxels"] == [cold]
   assert found["scores"]["a->pet"]["half"]["auc_hot"]["n"] == 4 - len(hot)
   assert found["scores"]["a->pet"]["half"]["mae_hot"]["n"] == 4
-  # and no slice is large enough
-  cell = found["uptake_correlation"]["a->fusion"]["half"]["psnr"]["suvmax"]
+
+
+def test_uptake_in_regions(odd, pet_data):
+  """A region that is named `hot` is not taken for the hot voxels."""
+  here, table, cold = odd
+  means = [x[m & (x > 5)].mean() / 2
+           for c, (_, x, m) in zip(here.info.split("test"), volumes(pet_data), strict=True)
+           if c.subject != cold]
+  rows = summary(here)["scores"]["a->pet"]
+  assert rows["half"]["suvmean_bias_roi_hot"]["mean"] == pytest.approx(-np.mean(means), rel=1e-3)
+  assert rows["half"]["suvmax_bias_roi_hot"]["n"] == 4
+  assert rows["half"]["mae_roi_hot"]["mean"] == pytest.approx(np.mean(means), rel=1e-3)
+  assert rows["half"]["mae_hot"]["mean"] < rows["half"]["mae_roi_hot"]["mean"]
+  regions = table[table.index("Bias in regions:"):]
+  assert regions.splitlines()[1].split() == ["suvmax_bias_roi_hot", "suvmean_bias_roi_hot"]
+  assert "mae_roi_hot" not in summary(here)["scores"]["a->fusion"]["half"]
+
+
+def test_no_slice_is_large_enough(odd):
+  here, table, _ = odd
+  cell = summary(here)["uptake_correlation"]["a->fusion"]["half"]["psnr"]["suvmax"]
   assert cell["mean"] is None and cell["n"] == 0
-  evaluate.evaluate(here, Store(pet_data))  # what the other tests read
+  assert "mean over subjects; 0 slices" in table
 
 
 def test_mean_of_samples_in_the_unit_of_scores(rendered, pet_data):
