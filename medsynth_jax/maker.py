@@ -34,9 +34,7 @@ class Maker:
     self.run, self.stage, self.progress = here, stage, progress
     self.method, self.samples, self.times = here.methods[stage], samples(here, stage), []
     with jax.set_mesh(here.mesh):
-      then = time.perf_counter()
       self.predict = here.predictor(stage)
-      self.compiling = time.perf_counter() - then
       self.state, self.step = here.restore(stage, which)
 
   def image(self, volume: Volume, target: str, truth: np.ndarray | None
@@ -65,4 +63,4 @@ class Maker:
   def row(self) -> Stage:
     """The stage as a row of the table."""
     return Stage(self.step, self.method.sees_target, self.samples, self.method.note,
-                 timing.speed(self.times, self.samples, self.compiling))
+                 timing.speed(self.times, self.samples, self.run.compile_seconds[self.stage]))

@@ -219,7 +219,7 @@ def _times(results: Results) -> list[str]:
     parts = [f"{_number(speed.window)} s a {unit}{' and sample' if several else ''}",
              f"{_number(speed.volume)} s a volume"
              + (f" of {stage.samples} samples" if several else "")]
-    parts += [f"compiled in {_number(speed.compiling)} s"] if speed.compiling else []
+    parts.append(f"compiled in {_number(speed.compiling)} s")
     lines.append(f"Synthesis by {name}: {', '.join(parts)}.")
   times = ", ".join(f"{name} {_number(seconds / 60)} min ({steps} steps)"
                     for name, (steps, seconds) in results.training.items())

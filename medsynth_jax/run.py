@@ -117,12 +117,18 @@ class Run:
       synthesize, shapes = self.methods[stage].synthesize, self._served_shapes(stage)
       if settings.mirror:
         synthesize = serving.mirrored(synthesize, self._left_right())
-      compiled = serving.compile_ahead(stage, synthesize, self.mesh, *shapes)
+      compiled, seconds = serving.compile_ahead(stage, synthesize, self.mesh, *shapes)
       self._predictors[made] = compiled, shapes
+      self.compile_seconds[stage] = seconds
     compiled, (state, batch) = self._predictors[made]
     serving.check_memory(stage, compiled, (batch, () if loaded else state), settings.batch_size,
                          "patches" if len(self.task.size) == 3 else "slices")
     return compiled
+
+  @functools.cached_property
+  def compile_seconds(self) -> dict[str, float]:
+    """{stage: seconds that compiling its synthesis took}, of those that `predictor` was asked."""
+    return {}
 
   @functools.cached_property
   def _predictors(self) -> dict:

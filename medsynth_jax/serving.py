@@ -13,7 +13,7 @@ from medsynth_jax.errors import UserError
 
 
 def compile_ahead(name: str, synthesize: Callable, mesh: Mesh, state: Any, batch: Any):
-  """`synthesize(state, batch, key)` compiled from shapes alone; its time is told.
+  """(`synthesize(state, batch, key)` compiled from shapes alone, the seconds that took).
 
   Args:
     state, batch: shapes with shardings; the key is `state.key`.
@@ -22,9 +22,10 @@ def compile_ahead(name: str, synthesize: Callable, mesh: Mesh, state: Any, batch
   with jax.set_mesh(mesh):
     lowered = jax.jit(synthesize, out_shardings=everywhere).lower(state, batch, state.key)
     compiled = lowered.compile()
+  seconds = time.perf_counter() - then
   if sharding.is_first():
-    print(f"{name}: synthesis compiled in {time.perf_counter() - then:.1f} s", flush=True)
-  return compiled
+    print(f"{name}: synthesis compiled in {seconds:.1f} s", flush=True)
+  return compiled, seconds
 
 
 def mirrored(synthesize: Callable, axis: int) -> Callable:

@@ -11,22 +11,21 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Speed:
   """Seconds that synthesis takes: for one window (a slice, a 3-D patch) of one sample, for a volume
-  with all its samples, and to compile (None where it was compiled before)."""
+  with all its samples, and to compile."""
   window: float
   volume: float
-  compiling: float | None
+  compiling: float
 
 
 def speed(times: Sequence[tuple[int, float]], samples: int, compiling: float) -> Speed:
   """The speed from (windows, seconds with all samples) of each volume, in order.
 
-  Medians over the volumes after the first, which warms up, where there are several. Compiling that
-  took less than a tenth of a second was done before.
+  Medians over the volumes after the first, which warms up, where there are several.
   """
   used = times[1:] or times
   return Speed(float(np.median([seconds / (windows * samples) for windows, seconds in used])),
                float(np.median([seconds for _, seconds in used])),
-               compiling if compiling >= 0.1 else None)
+               compiling)
 
 
 def trained(folder: Path, batch_size: int) -> tuple[int, float] | None:

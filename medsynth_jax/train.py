@@ -60,6 +60,7 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
     take = _compiled(method, state, run, section)
     log = Log(folder, stage, step, section.steps, section.batch_size, sharding.is_first())
     validate = _Validation(run, store, stage, log)
+    log.paused()  # it has compiled synthesis
     metrics = pending = None
 
     def save(validates=True):

@@ -484,7 +484,7 @@ def test_codes_whose_target_nobody_has():
 def test_speed_is_that_of_the_volumes_after_the_first():
   found = timing.speed([(10, 9.0), (10, 2.0), (20, 4.0), (10, 6.0)], 2, 3.0)
   assert found == timing.Speed(0.1, 4.0, 3.0)
-  assert timing.speed([(10, 5.0)], 1, 0.01) == timing.Speed(0.5, 5.0, None)
+  assert timing.speed([(10, 5.0)], 1, 0.01) == timing.Speed(0.5, 5.0, 0.01)
 
 
 def test_training_time_from_the_log(tmp_path):
