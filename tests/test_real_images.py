@@ -145,3 +145,28 @@ def test_script_scores_real_patients(tmp_path, task, only, direction, lut2):
     assert found["overall"]["lut2"]["mae_tumour"] > 0
     assert found["overall"]["lut2"] == pytest.approx(fold["subjects"]["STS_025"]["lut2"])
   assert len(list((tmp_path / only / "evaluation" / "panels").glob("*.png"))) in (1, 2)
+
+
+@pytest.mark.slow
+def test_script_scores_one_model_of_two_targets(tmp_path):
+  """A few steps: both directions have the floor, the bound and both networks, codes compared."""
+  command = [sys.executable, ROOT / "launch" / "real_images.py", "--task=ibsi_cldm",
+             f"--data={REAL}", f"--out={tmp_path}", "--only=fold_3",
+             *(f"--config.{f}" for f in (
+               "autoencoder.steps=2", "autoencoder.network.channels=(4,8)",
+               "autoencoder.network.groups=2", "autoencoder.discriminator.base=4",
+               "latent_moments.steps=2", "cldm.steps=2", "cldm.network.base=8",
+               "cldm.network.groups=2", "cldm.sampler.steps=2", "unet.steps=2",
+               "unet.generator.channels=(4,8)"))]
+  subprocess.run(command, check=True)
+  found = json.loads((tmp_path / "ibsi_cldm.json").read_text())
+  assert found.keys() == {"pet->ct", "pet->mr_t1"}
+  for direction, other in (("pet->ct", "mr_t1"), ("pet->mr_t1", "ct")):
+    scores = found[direction]
+    assert {"constant", "mean_image", "lut", "lut2", "autoencoder", "cldm", "unet"} \
+      <= scores["overall"].keys()
+    assert scores["bounds"] == ["autoencoder"] and scores["verdicts"].keys() == {"cldm", "unet"}
+    assert scores["overall"]["lut2"]["mae_tumour"] > 0
+    (fold,) = scores["folds"].values()
+    assert fold["subjects"].keys() == {"STS_025", "STS_019"}
+    assert fold["switch"]["cldm"]["closer"].keys() == {other, "constant"}
