@@ -1,6 +1,7 @@
 """Scores of a run on held-out subjects, beside the floor that it must beat.
 
 python -m medsynth_jax.evaluate --workdir=RUN [--data=DATA] [--checkpoint=latest] [--split=test]
+    [--samples=8] [--batch_size=4]
 
 Writes RUN/evaluation/: per_subject.csv, summary.json, table.txt, panels/*.png. RUN is not changed
 otherwise; another split goes to RUN/evaluation_<split>/.
@@ -251,7 +252,9 @@ def main(argv: list[str]) -> None:
   del argv
   if _WORKDIR.value is None:
     raise UserError("give --workdir=RUN")
-  here = run.open_run(_WORKDIR.value)
+  asked = {"synthesis.samples": _SAMPLES.value, "synthesis.batch_size": _BATCH_SIZE.value}
+  changes = {field: value for field, value in asked.items() if value is not None}
+  here = run.open_run(_WORKDIR.value, changes)
   print(evaluate(here, open_data(here, _DATA.value), which=_CHECKPOINT.value, split=_SPLIT.value))
 
 
@@ -261,4 +264,6 @@ if __name__ == "__main__":
   _DATA = flags.DEFINE_string("data", None, "The data set; default: where the run's config says.")
   _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Which checkpoints.")
   _SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Whose subjects are scored.")
+  _SAMPLES = flags.DEFINE_integer("samples", None, "Score the mean of so many samples.")
+  _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Slices made at once.")
   cli.run(main)
