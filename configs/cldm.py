@@ -1,6 +1,21 @@
 """Category-guided conditional latent diffusion: CT or MR from one PET by a code (S1).
 
   python -m medsynth_jax.main --config=configs/cldm.py --workdir=runs/cldm
+  python -m medsynth_jax.evaluate --workdir=runs/cldm --samples=8
+
+Stages: autoencoder, latent_moments (the latents' scale), cldm, and a U-Net that nobody needs.
+Built-in simulated data of 4 mm (16 training, 2 test subjects), PSNR / SSIM in the body; training
+takes 21 CPU minutes, the mean of 8 samples 3 more:
+
+                                   PET -> CT        PET -> T2
+  floor (lut2)                     23.54 / 0.552    15.73 / 0.366
+  cldm, one sample                 23.43 / 0.560    16.51 / 0.515
+  cldm, mean of 8 samples          24.78 / 0.643    17.96 / 0.595
+  unet                             25.39 / 0.755    18.65 / 0.666
+  autoencoder (sees the target)    33.18 / 0.966    25.91 / 0.926
+
+Each code's image is closer to its own target than the other code's is. `:paper` has S1's networks
+and has not been run.
 """
 
 from medsynth_jax import config as common

@@ -1,6 +1,23 @@
 """PET/MR fusion from MR: pix2pix, then a conditional DDPM that refines its coarse image (S0).
 
   python -m medsynth_jax.main --config=configs/pix2pix_ddpm.py --workdir=runs/pix2pix_ddpm
+  python -m medsynth_jax.evaluate --workdir=runs/pix2pix_ddpm --samples=8
+
+Stages: pix2pix, fold_0 and fold_1 (the same without one fold: they make the coarse images that the
+DDPM is trained on), ddpm, and a U-Net that nobody needs. SUV is synthesised and shown in colour on
+the MR; `--config.data.targets=fusion` learns the colours themselves. Built-in simulated data of
+4 mm (16 training, 2 test subjects), PSNR / SSIM in the body; 28 CPU minutes, the mean of 8 samples
+3 more:
+
+                              T2 -> PET        T2 -> fusion (rendered)
+  floor (best row)            25.35 / 0.679    24.63 / 0.946
+  pix2pix                     26.24 / 0.807    23.87 / 0.940
+  ddpm, one sample            24.95 / 0.752    22.50 / 0.920
+  ddpm, mean of 8 samples     26.62 / 0.803    24.35 / 0.946
+  unet                        26.68 / 0.828    24.27 / 0.947
+
+Copying the MR already gives 23.65 / 0.946 on the fusion image. No MR tells a subject's overall
+uptake, which differs by 20 % here. `:paper` has S0's and Palette's recipes and has not been run.
 """
 
 from medsynth_jax import config as common
