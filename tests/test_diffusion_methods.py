@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_toy_data
-from test_train import equal, get_config, last_state
+from test_train import STAGED, equal, get_config, last_state
 
 from medsynth_jax import run, train
 from medsynth_jax.contract import Average, create, served
@@ -314,7 +314,12 @@ def test_each_target_has_a_channel(three):
 
 # --- exact resume inside stage 2 -------------------------------------------------------------
 
+# every config of several stages, without the baseline that nobody needs
 SECOND = {"cldm": ("autoencoder", "latent_moments", "cldm"), "pix2pix_ddpm": ("pix2pix", "ddpm")}
+
+
+def test_every_config_of_stages_is_here():
+  assert tuple(SECOND) == STAGED
 
 
 @pytest.mark.parametrize("name", SECOND)
