@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from medsynth_jax.data import fusion
 from medsynth_jax.errors import UserError
 
 
@@ -119,7 +120,7 @@ def needs(section: ConfigDict) -> tuple[str, ...]:
 
 def target_channels(config: ConfigDict) -> int:
   """Channels of the images to be made: 3 for a fusion of PET and MR, else 1."""
-  return 3 if names(config.data.targets) == ("fusion",) else 1
+  return 3 if names(config.data.targets) == (fusion.NAME,) else 1
 
 
 def names(text: str) -> tuple[str, ...]:

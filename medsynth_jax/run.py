@@ -75,17 +75,15 @@ class Run:
     frozen = checkpoint.load_frozen(folder, shape.frozen)
     return served(state, self.methods[stage].keeps).replace(frozen=frozen), step
 
-  def pretrained(self, stage: str) -> dict[str, Any]:
-    """{net: parameters} of the stage of that name in the run that the field `pretrained` names.
-
-    Those that synthesis uses are averaged, as they were served.
+  def lender(self, stage: str) -> "Run | None":
+    """The run that the stage's field `pretrained` names, its stage of that name checked.
 
     Raises:
-      UserError: no such run, stage or checkpoint, or nets of other sizes.
+      UserError: no such run or stage, or nets of other sizes.
     """
     folder = self.sections[stage].get("pretrained", "")
     if not folder:
-      return {}
+      return None
     other, where = open_run(folder), f"{stage}.pretrained={folder}"
     if stage not in other.methods:
       raise UserError(f"{where}: that run has no such stage, only {', '.join(other.methods)}")
@@ -95,6 +93,16 @@ class Run:
         raise UserError(f"{where}: {name} is {theirs.get(name, 'absent')} there and"
                         f" {mine.get(name, 'absent')} here; give the section '{stage}' the network"
                         " fields that stand in that run's config.json")
+    return other
+
+  def pretrained(self, stage: str) -> dict[str, Any]:
+    """{net: parameters} of the `lender`'s stage, those that synthesis uses as they were served.
+
+    Empty without one; UserError where it has no checkpoint.
+    """
+    other = self.lender(stage)
+    if other is None:
+      return {}
     state = checkpoint.load_state(other.folder / stage, other.shape(stage))[0]
     return {**state.nets, **served(state, other.methods[stage].keeps).nets}
 
@@ -247,7 +255,7 @@ def start(config: ConfigDict, info: Info, folder: Path) -> Run:
     draws.check(info, run.task, section)
     draws.training_index(info, run.task, section.exclude_fold, section.draw)
     if not (folder / stage).exists():
-      run.pretrained(stage)
+      run.lender(stage)
   if (folder / "config.json").exists():
     changed = configs.differences(checkpoint.read_config(folder), config)
     if changed:
