@@ -96,3 +96,25 @@ def tiny_run(tmp_path_factory):
   train.train(here, store)
   evaluate.evaluate(here, store)
   return folder
+
+
+@pytest.fixture(scope="module")
+def maker(tiny_run):
+  from medsynth_jax import synthesize
+  return synthesize.load(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def case(maker):
+  return maker.run.info.split("test")[0]
+
+
+@pytest.fixture(scope="module")
+def t1(tiny_run, case):
+  return tiny_run / "scans" / "images" / f"{case.subject}_t1.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory):
+  """A data set with modalities a, b, c in two folds."""
+  return make_toy_data(tmp_path_factory.mktemp("three"), modalities=("a", "b", "c"))
