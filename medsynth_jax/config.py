@@ -30,10 +30,14 @@ def stage(method: str, **fields) -> dict[str, Any]:
   return {
     "method": method, "steps": 1000, "batch_size": 8, "optim": optim(),
     "pretrained": "",          # a run whose stage of this name gives the first weights
-    "draw": "pair",            # how source and target are drawn: "pair"; "single": one image alone
+    # how source and target are drawn: "pair"; "unpaired": of two subjects; "single": one image
+    # alone; "any": any modality of a case as the source of any other, which the case may lack
+    "draw": "pair",
     "balance": "",             # draw each of these equally often: "category", "category,group"
     "exclude_fold": -1,        # train without the cases of this fold; -1: with all
     "misalign": 0.0,           # simulated misalignment level n: n degrees, 2n % shift and scale
+    "displace": 0.0,           # simulated smooth displacement of the target: mean length in mm
+    "redraw": False,           # both anew each time a slice is drawn; else fixed for each volume
     **fields}
 
 
@@ -44,8 +48,9 @@ def base(**fields) -> ConfigDict:
     "dtype": "float32",        # compute type of the networks; parameters and losses stay float32
     "data": {
       "dir": "",               # a prepared data set; empty: the built-in simulated one
-      "source": "t1",          # "[a,b]" stacks several
-      "targets": "t2",
+      "source": "t1",          # "[a,b]" stacks several; "any": each of the targets, one at a time
+      "targets": "t2",         # with source "any" empty: all modalities of the data set
+      "channels": "own",       # of a source: its "own" (CT: three windows), or "one": as a target
       "size": "",              # "96,112" (or three numbers: 3-D patches); empty: holds every slice
       "fusion": "",            # a PET modality, shown in colour on the source MR: `data/fusion.py`
       "context": 0,            # 2.5-D: neighbouring slices on each side

@@ -5,7 +5,8 @@ Batch (arrays only; names stay in dataset.json), `*space` 2-D or 3-D:
   target           [B, *space, C]  float32 in [-1, 1], C 1 (3 for a fusion image); removed before
                                    `synthesize`
   valid            [B, *space, 1]  1 where source and target were both measured: weights every
-                                   reconstruction loss
+                                   reconstruction loss; unpaired: where the source was
+  target_valid     [B, *space, 1]  the same; unpaired: where the other subject's target was
   mask             [B, *space, 1]  body and valid, for scores
   source_modality, target_modality, subject, volume, slice, fold   [B] int32
   paired           [B] float32, 0 where `target` is not this case's
@@ -49,7 +50,10 @@ class Method(NamedTuple):
   aux: batch -> {name: array}; sees_target: reconstructs the target, a bound never offered to users
   factor: every spatial size must be a multiple of it
   many_targets: makes the modality that the batch's `target_modality` names
+  many_sources: takes any one of several modalities, which the batch's `source_modality` names
   stochastic: synthesis draws a sample; the batch's `sample` says which
+  flow: (served state, batch) -> [B, *space, rank] pixels, or None: the target shows at p what the
+    synthetic image shows at p + flow(p)
   note: what a reader of its scores has to know
   """
   init: Callable
@@ -61,8 +65,10 @@ class Method(NamedTuple):
   sees_target: bool = False
   factor: int = 1
   many_targets: bool = False
+  many_sources: bool = False
   stochastic: bool = False
   note: str = ""
+  flow: Callable | None = None
 
 
 class Average(NamedTuple):

@@ -41,6 +41,16 @@ class Run:
   def sections(self) -> dict[str, ConfigDict]:
     return configs.stages(self.config)
 
+  def views(self) -> "list[Run]":
+    """This run, or if its task takes any source a run for each; they share what is compiled."""
+    if not self.task.any_source:
+      return [self]
+    shared = {"_predictors": self._predictors, "compile_seconds": self.compile_seconds}
+    found = [dataclasses.replace(self, task=view) for view in self.task.views]
+    for view in found:
+      vars(view).update(shared)
+    return found
+
   def key(self, stage: str) -> jax.Array:
     """The stage's root key."""
     index = list(self.methods).index(stage)
@@ -214,6 +224,9 @@ def build(config: ConfigDict, info: Info, folder: Path) -> Run:
     if len(run.task.targets) > 1 and not method.many_targets:
       raise UserError(f"data.targets={config.data.targets}: {run.sections[stage].method} makes one"
                       " target; train one run a target")
+    if run.task.any_source and not method.many_sources:
+      raise UserError(f"data.source=any: {run.sections[stage].method} is made from one source; name"
+                      " it in data.source")
   for stage in methods:
     run.shape(stage)  # a size that a network refuses is told now, not after hours
   return run

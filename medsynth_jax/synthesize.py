@@ -66,7 +66,8 @@ class Synthesizer:
     """
     run, info, task = self.run, self.run.info, self.run.task
     slices = {n: np.moveaxis(x, info.plane, 0) for n, x in source.images.items()}
-    channels = source_channels(slices, source.scalings, task, info)
+    scalings = {n: task.scalings(scan) for n, scan in source.scans.items()}
+    channels = source_channels(slices, scalings, task, info)
     synthesis = run.config.synthesis
     with tqdm(total=windows.count(channels.shape, task, synthesis.overlap), unit="window",
               desc=target, leave=False) as bar:
@@ -232,7 +233,7 @@ def _made(synthesizer: Synthesizer, source: case.Source, scans: Mapping[str, vol
     name = run.task.sources[0]
     scan = _placed(scans[name].array, scans[name].affine, shape, affine,
                    run.info.modality(name).background)
-    grey = (to_model(source.scalings[name][0], scan) + 1) / 2
+    grey = (to_model(source.scans[name].source[0], scan) + 1) / 2
     made["fusion"] = _as_written(fusion.render(grey, image), "rgb")
   return made
 

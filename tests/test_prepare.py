@@ -130,18 +130,18 @@ def test_a_new_scan_passes_the_same_functions(data, table):
   path = {n: table.parent / f"0_{n}" for n in ("t1.nii.gz", "ct.mha")}
   new = case.prepare_source({"t1": volumes.read(path["t1.nii.gz"])}, store.info)
   np.testing.assert_allclose(np.moveaxis(new.images["t1"], 2, 0), stored["images"]["t1"], atol=0.01)
-  assert new.scalings["t1"] == one.images["t1"].source
+  assert new.scans["t1"].source == one.images["t1"].source
   np.testing.assert_array_equal(np.moveaxis(new.mask, 2, 0), stored["mask"])
   np.testing.assert_allclose(new.affine, one.affine)
   # The CT alone: its own extent at the data set's spacing, since the network saw that.
   alone = case.prepare_source({"ct": volumes.read(path["ct.mha"])}, store.info)
   np.testing.assert_allclose(np.sqrt((alone.affine[:3, :3] ** 2).sum(0)), (2, 2, 4))
-  assert alone.images["ct"].shape == (22, 29, 6) and len(alone.scalings["ct"]) == 3
+  assert alone.images["ct"].shape == (22, 29, 6) and len(alone.scans["ct"].source) == 3
   both = case.prepare_source({n.split(".")[0]: volumes.read(p) for n, p in path.items()},
                              store.info)
   np.testing.assert_allclose(np.moveaxis(both.images["ct"], 2, 0), stored["images"]["ct"],
                              atol=0.02)
-  np.testing.assert_array_equal(both.scalings["ct"], one.images["ct"].source)
+  np.testing.assert_array_equal(both.scans["ct"].source, one.images["ct"].source)
   far = volumes.read(path["ct.mha"])
   far.affine[:3, 3] += 1000
   with pytest.raises(UserError, match="no overlap"):

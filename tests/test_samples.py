@@ -276,7 +276,7 @@ def test_fusion_is_rendered_from_the_suv_beside_it(kind, pet_on_mr, tmp_path):
   assert [p.name for p in written] == [f"pet{kind}", f"pet_fusion{kind}"]
   suv, scan = volumes.read(written[0]), volumes.read(mr)
   info = synthesize.load(run_folder).run.info
-  scaling = prepare_source({"t2": scan}, info).scalings["t2"][0]
+  scaling = prepare_source({"t2": scan}, info).scans["t2"].source[0]
   grey = ((scan.array - scaling.low) / (scaling.high - scaling.low)).clip(0, 1)
   wanted = np.round(255 * fusion.render(grey, suv.array))
   colours = colours_of(written[1])

@@ -40,11 +40,11 @@ class Placed:
 class Source:
   """A new scan (or several stacked ones) ready for synthesis, on its model grid [x, y, z], RAS+.
 
-  `images` are physical, `scalings` one a channel, `valid` is where all were measured, `mask` the
-  body; `affine` voxel -> RAS+ mm.
+  `images` are physical, `scans` what each was read as (their scalings), `valid` is where all were
+  measured, `mask` the body; `affine` voxel -> RAS+ mm.
   """
   images: Mapping[str, np.ndarray]
-  scalings: Mapping[str, tuple[Scaling, ...]]
+  scans: Mapping[str, Scan]
   valid: np.ndarray
   mask: np.ndarray
   affine: np.ndarray
@@ -115,9 +115,8 @@ def prepare_source(volumes: Mapping[str, Volume], info: Info) -> Source:
   if not valid.any():
     files = ", ".join(s.volume.file for s in scans.values())
     raise UserError(f"{files}: no overlap in space; give scans of one patient in one position")
-  return Source({n: p.image for n, p in placed.items()}, {n: s.source for n, s in scans.items()},
-                valid, placed[lead].foreground, affine,
-                tuple(note for s in scans.values() for note in s.notes))
+  return Source({n: p.image for n, p in placed.items()}, scans, valid, placed[lead].foreground,
+                affine, tuple(note for s in scans.values() for note in s.notes))
 
 
 def _new_grid(volume: Volume, name: str, info: Info) -> tuple[tuple[int, ...], np.ndarray]:

@@ -14,6 +14,8 @@ from medsynth_jax.data.intensities import Scaling, to_model
 from medsynth_jax.errors import UserError
 
 MISSING = ("skip", "zero")
+CHANNELS = ("own", "one")
+ANY = "any"  # as `data.source`: each of the targets, one at a time
 BACKGROUND = -1.0
 
 
@@ -22,7 +24,8 @@ class Task:
   """What is made from what: sources, targets, the network's input size, 2.5-D context.
 
   `fusion` is the PET modality that is shown in colour on the first source: learned so (targets is
-  "fusion"), or rendered from a synthetic PET; empty where there is no fusion.
+  "fusion"), or rendered from a synthetic PET; empty where there is no fusion. With `one_channel` a
+  source is scaled as a target is. With `any_source` the sources are the targets, one at a time.
   """
   sources: tuple[str, ...]
   targets: tuple[str, ...]
@@ -30,15 +33,34 @@ class Task:
   context: int = 0
   presence: bool = False
   fusion: str = ""
+  one_channel: bool = False
+  any_source: bool = False
 
   @property
   def direction(self) -> str:
-    return "+".join(self.sources)
+    return ANY if self.any_source else "+".join(self.sources)
+
+  @property
+  def views(self) -> tuple["Task", ...]:
+    """This task, or with `any_source` that of each source and all other targets."""
+    if not self.any_source:
+      return (self,)
+    return tuple(dataclasses.replace(
+      self, sources=(s,), targets=tuple(t for t in self.targets if t != s), any_source=False)
+      for s in self.sources)
 
   def channels(self, info: Info) -> int:
     """Channels of `source`."""
-    one = sum(info.modality(m).channels + self.presence for m in self.sources)
-    return one * (2 * self.context + 1)
+    one = sum(self.channels_of(m, info) + self.presence for m in self.sources)
+    return (1 if self.any_source else one) * (2 * self.context + 1)
+
+  def channels_of(self, source: str, info: Info) -> int:
+    """Channels of one source."""
+    return 1 if self.one_channel else info.modality(source).channels
+
+  def scalings(self, image) -> tuple[Scaling, ...]:
+    """Those of a source's channels; `image` has `source` and `target`, as `dataset.Image`."""
+    return (image.target,) if self.one_channel else image.source
 
   @property
   def target_channels(self) -> int:
@@ -63,6 +85,9 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
       fusion.
   """
   sources, targets = configs.names(data.source), configs.names(data.targets)
+  any_source = sources == (ANY,)
+  if any_source:
+    sources = targets = _all_of(targets, data, info)
   for field, chosen in (("data.source", sources), ("data.targets", targets)):
     if not chosen:
       raise UserError(f"{field} is empty; the data set has {', '.join(info.names)}")
@@ -70,7 +95,9 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
       if name not in info.names and (name, field) != (fusion.NAME, "data.targets"):
         raise UserError(f"{field}: unknown modality '{name}'; the data set has"
                         f" {', '.join(info.names)}")
-  if set(sources) & set(targets):
+  if data.get("channels", "own") not in CHANNELS:
+    raise UserError(f"data.channels={data.channels!r}: choose one of {', '.join(CHANNELS)}")
+  if set(sources) & set(targets) and not any_source:
     raise UserError(f"data.source and data.targets share {sorted(set(sources) & set(targets))}")
   _check_fusion(data.get("fusion", ""), sources, targets, info)
   if data.missing not in MISSING:
@@ -86,7 +113,20 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
                     f" network needs; use {good}")
   if data.context < 0 or (data.context and len(size) == 3):
     raise UserError(f"data.context={data.context}: neighbouring slices are 0 or more, in 2-D only")
-  return Task(sources, targets, size, data.context, data.missing == "zero", data.get("fusion", ""))
+  return Task(sources, targets, size, data.context, data.missing == "zero", data.get("fusion", ""),
+              any_source or data.get("channels", "own") == "one", any_source)
+
+
+def _all_of(targets: tuple[str, ...], data: ConfigDict, info: Info) -> tuple[str, ...]:
+  """The modalities of a task in which each is source and target; empty `targets`: all there are."""
+  found = targets or info.names
+  if len(found) < 2:
+    raise UserError(f"data.source=any makes each of several modalities from each other; this run"
+                    f" has {', '.join(found)} alone: name two or more in data.targets")
+  if data.context or data.missing == "zero" or data.get("fusion", "") or fusion.NAME in found:
+    raise UserError("data.source=any takes one image at a time: set data.context=0,"
+                    " data.missing=skip and data.fusion=''")
+  return found
 
 
 def _check_fusion(pet: str, sources: tuple[str, ...], targets: tuple[str, ...],
@@ -142,7 +182,7 @@ def source_channels(images: Mapping[str, np.ndarray], scalings: Mapping[str, Seq
     if name in images:
       channels += [to_model(s, images[name]) for s in scalings[name]]
     else:
-      channels += [np.full(shape, BACKGROUND)] * info.modality(name).channels
+      channels += [np.full(shape, BACKGROUND)] * task.channels_of(name, info)
     if task.presence:
       channels.append(np.full(shape, 1.0 if name in images else -1.0))
   return np.stack(channels, -1).astype(np.float32)
@@ -151,7 +191,7 @@ def source_channels(images: Mapping[str, np.ndarray], scalings: Mapping[str, Seq
 def case_source(arrays: Mapping[str, Any], case: Case, task: Task, info: Info) -> np.ndarray:
   """`source_channels` of a case of the data set."""
   images = {m: arrays["images"][m] for m in task.sources if m in case.images}
-  return source_channels(images, {m: case.images[m].source for m in images}, task, info)
+  return source_channels(images, {m: task.scalings(case.images[m]) for m in images}, task, info)
 
 
 def case_target(arrays: Mapping[str, Any], case: Case, task: Task, info: Info,
