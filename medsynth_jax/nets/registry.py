@@ -10,7 +10,9 @@ from medsynth_jax.errors import UserError
 from medsynth_jax.nets.autoencoder_kl import AutoencoderKL
 from medsynth_jax.nets.diffusion_unet import DiffusionUNet
 from medsynth_jax.nets.patchgan import PatchGAN, SpineDiscriminator
+from medsynth_jax.nets.registration import RegistrationResUNet
 from medsynth_jax.nets.resnet_generator import ResNetGenerator
+from medsynth_jax.nets.stargan import StarGANDiscriminator, StarGANGenerator
 from medsynth_jax.nets.unet import AttentionUNet, UNet
 from medsynth_jax.nets.unet_generator import UNetGenerator
 
@@ -23,6 +25,9 @@ NETS = {
   "autoencoder_kl": AutoencoderKL,
   "patchgan": PatchGAN,
   "spine_discriminator": SpineDiscriminator,
+  "stargan_generator": StarGANGenerator,
+  "stargan_discriminator": StarGANDiscriminator,
+  "registration_resunet": RegistrationResUNet,
 }
 
 

@@ -18,11 +18,12 @@ class ResidualBlock(nn.Module):
   dropout: float
   deterministic: bool
   dtype: Any
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x):
-    options = {"padding": 1, "padding_mode": self.padding, "initializer": self.initializer,
-               "dtype": self.dtype}
+    options = {"padding": 1, "padding_mode": self.padding, "bias": self.bias,
+               "initializer": self.initializer, "dtype": self.dtype}
     y = Conv(x.shape[-1], name="conv_0", **options)(x)
     y = nn.relu(norm_layer(self.norm, self.initializer, self.dtype)(y))
     y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
