@@ -74,22 +74,24 @@ def spline_basis(positions: np.ndarray, count: int) -> np.ndarray:
   return np.where(distance < 1, near, far).astype(np.float32)
 
 
-def smooth_field(rng, shape, knot: float, components: int = 0) -> np.ndarray:
+def smooth_field(rng, shape, knot: float, components: int = 0, extent=FIELD) -> np.ndarray:
   """A smooth random field of zero mean and unit variance over the field of view.
 
   Args:
     rng: drawn from in amounts that do not depend on `shape`: every grid samples one same field.
-    shape: voxels along each axis of FIELD.
+    shape: voxels along each axis of `extent`.
     knot: spacing of the cubic B-spline's knots in mm.
-    components: vector length; 0 gives [x, y, z], else [x, y, z, components].
+    components: vector length; 0 gives [*shape], else [*shape, components].
+    extent: mm along each axis, of any number of axes.
   """
-  counts = [int(np.ceil(length / knot)) + 4 for length in FIELD]
+  counts = [int(np.ceil(length / knot)) + 4 for length in extent]
   coefficients = rng.standard_normal((*counts, components or 1)).astype(np.float32)
-  for axis, (n, length, count) in enumerate(zip(shape, FIELD, counts, strict=True)):
+  for axis, (n, length, count) in enumerate(zip(shape, extent, counts, strict=True)):
     positions = (np.arange(n) + 0.5) * (length / n) / knot
     basis = spline_basis(positions, count)
     coefficients = np.moveaxis(np.tensordot(basis, coefficients, (1, axis)), 0, axis)
-  field = coefficients / 0.3315  # standard deviation of the spline, averaged over positions
+  # standard deviation of the spline along three axes, averaged over positions
+  field = coefficients / 0.3315 ** (len(counts) / 3)
   return field if components else field[..., 0]
 
 
