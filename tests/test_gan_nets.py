@@ -1,4 +1,4 @@
-"""StarGAN's networks, the registration network, warping; counts of the papers and gradients."""
+"""StarGAN, registration by a flow, pooled and multi-scale discriminators: counts and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from scipy import ndimage
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import registry, warp
 from medsynth_jax.nets.conv import cure_setting
+from medsynth_jax.nets.patchgan import MultiScalePatchGAN, PatchGAN, over_scales
 from medsynth_jax.nets.registration import RegistrationResUNet
 from medsynth_jax.nets.stargan import StarGANDiscriminator, StarGANGenerator
 
@@ -38,6 +39,9 @@ def normal(seed, *shape):
   (StarGANDiscriminator(), (240, 240), 1, 44_792_768, ((3, 3, 1), (4,))),
   (StarGANDiscriminator(), (256, 256), 1, 44_850_112, ((4, 4, 1), (4,))),
   (RegistrationResUNet(), (256, 256), 2, 2_058_018, (256, 256, 2)),
+  (PatchGAN(norm="instance", pooled=True), (256, 256), 1, 2_762_689, (1, 1, 1)),
+  (PatchGAN(norm="instance", pooled=True), (256, 256), 2, 2_763_713, (1, 1, 1)),
+  (MultiScalePatchGAN(), (256, 256), 1, 2 * 2_762_689, ((30, 30, 1), (14, 14, 1))),
 ])
 def test_parameters_and_shapes_of_the_papers(net, space, channels, parameters, out):
   y, variables = shapes(net, 1, *space, channels)
@@ -51,6 +55,8 @@ def test_parameters_and_shapes_of_the_papers(net, space, channels, parameters, o
   ("stargan_generator", {"base": 2, "blocks": 1, "upsampling": "resize"}, (2, 16, 24, 32, 1)),
   ("stargan_discriminator", {"base": 2, "layers": 3, "labels": 5}, ((2, 2, 3, 4, 1), (2, 5))),
   ("registration_resunet", {"channels": (2, 4)}, (2, 16, 24, 32, 3)),
+  ("patchgan", {"base": 2, "n_layers": 1, "pooled": True}, (2, 1, 1, 1, 1)),
+  ("multiscale_patchgan", {"base": 2, "n_layers": 1}, ((2, 6, 10, 14, 1), (2, 2, 4, 6, 1))),
 ])
 def test_volumes_by_the_registry(name, fields, out):
   net = registry.make({"name": name, **fields}, "bfloat16")
@@ -87,6 +93,8 @@ def test_what_does_not_fit_is_refused():
     (StarGANGenerator(), 30, "multiple of 4"),
     (StarGANGenerator(upsampling="bicubic"), 32, "upsampling"),
     (StarGANDiscriminator(), 63, "64 or more"),
+    (MultiScalePatchGAN(), 47, "48 or more"),
+    (MultiScalePatchGAN(weights=(1.0, 1.0, 1.0)), 95, "96 or more"),
   ):
     with pytest.raises(UserError, match=wanted):
       shapes(net, 1, size, size, 1)
@@ -94,6 +102,27 @@ def test_what_does_not_fit_is_refused():
   with pytest.raises(UserError, match="one for each image"):
     jax.eval_shape(StarGANGenerator().init, jax.random.key(0),
                    jax.ShapeDtypeStruct((2, 32, 32, 1), jnp.float32), label)
+
+
+def test_pooled_logits_are_the_mean_of_the_map():
+  net = PatchGAN(base=2, n_layers=1)
+  variables, x = filled(net, 2, 8, 10, 1), normal(1, 2, 8, 10, 1)
+  pooled = net.clone(pooled=True).apply(variables, x)
+  np.testing.assert_allclose(pooled, net.apply(variables, x).mean((1, 2), keepdims=True), rtol=1e-5)
+
+
+def test_scales_see_the_image_and_its_middle():
+  net, part = MultiScalePatchGAN(base=2, n_layers=1), PatchGAN(2, 1, "instance")
+  variables, x = filled(net, 1, 13, 15, 1), normal(1, 1, 13, 15, 1)
+  logits = net.apply(variables, x)
+  for scale, seen in enumerate((x, x[:, 3:9, 4:11])):
+    params = {"params": variables["params"][f"scale_{scale}"]}
+    np.testing.assert_allclose(logits[scale], part.apply(params, seen), atol=1e-6)
+  np.testing.assert_allclose(over_scales(net, logits, jnp.mean),
+                             1.8 * logits[0].mean() + 0.2 * logits[1].mean(), rtol=1e-6)
+  np.testing.assert_array_equal(over_scales(part, logits[0], jnp.mean), logits[0].mean())
+  full = net.clone(weights=(1.8,))
+  np.testing.assert_array_equal(full.apply(variables, x)[0], logits[0])
 
 
 @pytest.mark.parametrize("space", [(8, 8), (4, 6, 5)])
@@ -216,6 +245,7 @@ def test_smoothness_of_known_flows():
   broken = flow.at[:, 0].set(99.0)
   valid = jnp.ones((1, 6, 4, 1)).at[:, 0].set(0)
   np.testing.assert_allclose(warp.smoothness(broken, valid), 2.5, rtol=1e-6)
+  np.testing.assert_allclose(warp.smoothness(broken[:, ::-1], valid[:, ::-1]), 2.5, rtol=1e-6)
   assert warp.smoothness(flow, 0 * valid) == 0
   volume = jnp.broadcast_to(jnp.arange(5.0)[:, None, None, None], (1, 5, 3, 3, 3))
   np.testing.assert_allclose(warp.smoothness(volume), 1, rtol=1e-6)

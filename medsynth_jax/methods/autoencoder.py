@@ -11,6 +11,7 @@ from medsynth_jax.config import stages
 from medsynth_jax.contract import Method, update
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import perceptual, registry
+from medsynth_jax.nets.patchgan import over_scales
 
 
 def build(config, stage, info, methods) -> Method:
@@ -77,7 +78,8 @@ def build(config, stage, info, methods) -> Method:
   def judge(params, batch, image, real):
     logits = discriminator.apply({"params": params},
                                  losses.outside_background(image, batch["valid"]))
-    return losses.per_example(objective(logits, real), batch["paired"])
+    return over_scales(discriminator, logits, lambda scale: losses.per_example(
+      objective(scale, real), batch["paired"]))
 
   def train_discriminator(state, batch, image):
     def loss(params):

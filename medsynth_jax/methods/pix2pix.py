@@ -11,6 +11,7 @@ from medsynth_jax import losses, optim
 from medsynth_jax.config import stages, target_channels
 from medsynth_jax.contract import Method, update
 from medsynth_jax.nets import registry
+from medsynth_jax.nets.patchgan import over_scales
 
 
 def build(config, stage, info, methods) -> Method:
@@ -41,7 +42,8 @@ def build(config, stage, info, methods) -> Method:
       return generator.apply({"params": params}, batch["source"], deterministic=False,
                              rngs={"dropout": key})
     def adversarial(logits, real):
-      return losses.per_example(objective(logits, real), batch["paired"])
+      return over_scales(discriminator, logits, lambda scale: losses.per_example(
+        objective(scale, real), batch["paired"]))
 
     fake, pull_back = jax.vjp(generate, state.nets["generator"])
 

@@ -1,9 +1,10 @@
 """Discriminators that judge overlapping patches: each output value sees one patch of the input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from medsynth_jax.errors import UserError
@@ -30,6 +31,7 @@ class PatchGAN(nn.Module):
     base: channels of the first level; they double at each level up to 8 * base.
     n_layers: number of strided convolutions.
     norm: "affine_instance" (convolutions under it have no bias), "instance" or "none".
+    pooled: the logits are averaged to one for each example, [B, 1, .., 1], as RegGAN does.
     initializer: see `conv.kernel_init`.
     dtype: computing type; parameters and output are float32.
   """
@@ -37,6 +39,7 @@ class PatchGAN(nn.Module):
   base: int = 64
   n_layers: int = 3
   norm: str = "affine_instance"
+  pooled: bool = False
   initializer: str = "normal_0.02"
   dtype: Any = jnp.float32
 
@@ -72,7 +75,55 @@ class PatchGAN(nn.Module):
       if level:
         x = norm_layer(self.norm, self.initializer, self.dtype)(x)
       x = nn.leaky_relu(x, 0.2)
-    return head(x, 1, "none", kernel_size=4, padding=1, initializer=self.initializer)
+    logits = head(x, 1, "none", kernel_size=4, padding=1, initializer=self.initializer)
+    return logits.mean(range(1, x.ndim - 1), keepdims=True) if self.pooled else logits
+
+
+class MultiScalePatchGAN(nn.Module):
+  """A PatchGAN for the image and one for each smaller centre crop: a tuple of their logits.
+
+  As in CTA-GAN, the crops have half the side of the one before and are not shrunk: the image's
+  middle counts more. `over_scales` sums a loss over the logits by `weights`. Raises UserError where
+  the smallest crop is too small for one patch value.
+
+  Attributes:
+    weights: one for each scale, the full image first.
+    base, n_layers, norm, pooled, initializer, dtype: of each `PatchGAN`.
+  """
+
+  weights: Sequence[float] = (1.8, 0.2)
+  base: int = 64
+  n_layers: int = 3
+  norm: str = "instance"
+  pooled: bool = False
+  initializer: str = "torch"
+  dtype: Any = jnp.float32
+
+  @property
+  def factor(self) -> int:
+    return 1
+
+  @property
+  def min_size(self) -> int:
+    """The smallest side whose smallest crop leaves an output."""
+    return PatchGAN(n_layers=self.n_layers).min_size * 2 ** (len(self.weights) - 1)
+
+  @nn.compact
+  def __call__(self, x):
+    if min(x.shape[1:-1]) < self.min_size:
+      raise UserError(
+        f"image side {min(x.shape[1:-1])}: a PatchGAN of {len(self.weights)} scales with "
+        f"{self.n_layers} strided layers needs {self.min_size} or more; set a larger data.size, "
+        "fewer layers or fewer weights"
+      )
+    logits = []
+    for scale in range(len(self.weights)):
+      net = PatchGAN(self.base, self.n_layers, self.norm, self.pooled, self.initializer, self.dtype,
+                     name=f"scale_{scale}")
+      logits.append(net(x))
+      middle = (slice((n - n // 2) // 2, (n - n // 2) // 2 + n // 2) for n in x.shape[1:-1])
+      x = x[(slice(None), *middle)]
+    return tuple(logits)
 
 
 class SpineDiscriminator(nn.Module):
@@ -116,3 +167,11 @@ class SpineDiscriminator(nn.Module):
         x = norm_layer("affine_instance", self.initializer, self.dtype)(x)
       x = nn.leaky_relu(x, 0.2)
     return head(x, 1, "none", **options)
+
+
+def over_scales(discriminator: nn.Module, logits, loss: Callable) -> jax.Array:
+  """`loss` of a discriminator's logits: of several scales the sum, weighted by its `weights`."""
+  weights = getattr(discriminator, "weights", None)
+  if weights is None:
+    return loss(logits)
+  return sum(weight * loss(scale) for weight, scale in zip(weights, logits, strict=True))

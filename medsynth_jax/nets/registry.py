@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets.autoencoder_kl import AutoencoderKL
 from medsynth_jax.nets.diffusion_unet import DiffusionUNet
-from medsynth_jax.nets.patchgan import PatchGAN, SpineDiscriminator
+from medsynth_jax.nets.patchgan import MultiScalePatchGAN, PatchGAN, SpineDiscriminator
 from medsynth_jax.nets.registration import RegistrationResUNet
 from medsynth_jax.nets.resnet_generator import ResNetGenerator
 from medsynth_jax.nets.stargan import StarGANDiscriminator, StarGANGenerator
@@ -24,6 +24,7 @@ NETS = {
   "diffusion_unet": DiffusionUNet,
   "autoencoder_kl": AutoencoderKL,
   "patchgan": PatchGAN,
+  "multiscale_patchgan": MultiScalePatchGAN,
   "spine_discriminator": SpineDiscriminator,
   "stargan_generator": StarGANGenerator,
   "stargan_discriminator": StarGANDiscriminator,
