@@ -124,3 +124,17 @@ def test_paper_variants_build(name, toy_data):
   shape = here.shape(config.method)
   count = sum(x.size for x in jax.tree.leaves(shape.nets["generator"]))
   assert count == COUNTS[name]
+
+
+@pytest.mark.parametrize("name, section", [("pix2pix", None), ("cldm", "autoencoder")])
+def test_a_discriminator_of_many_scales_fits_in(name, section, toy_data):
+  config = toy_config(name, toy_data)
+  part = config[section] if section else config
+  part.discriminator.update(name="multiscale_patchgan", base=2, n_layers=1)
+  here = run.build(config, load_info(toy_data), "nowhere")
+  method, example = here.methods[section or config.method], example_batch(here.task, here.info)
+  key = jax.random.key(0)
+  state = jax.eval_shape(lambda key: create(method, key, example, {}), key)
+  assert set(state.nets["discriminator"]) == {"scale_0", "scale_1"}
+  after, metrics = jax.eval_shape(method.step, state, example, key)
+  assert metrics["discriminator"].shape == () and after.nets == state.nets
