@@ -128,6 +128,14 @@ def target_channels(config: ConfigDict) -> int:
   return 3 if names(config.data.targets) == (fusion.NAME,) else 1
 
 
+def check_symmetric(config: ConfigDict, stage: str) -> None:
+  """A UserError unless a source looks like a target: what a method needs that also goes back."""
+  data = config.data
+  if data.channels != "one" or data.context or len(names(data.source)) != 1:
+    raise UserError(f"stage '{stage}' also makes the source from the target: set data.channels=one,"
+                    " data.context=0 and one data.source")
+
+
 def names(text: str) -> tuple[str, ...]:
   """The names in "a", "a,b" or "[a, b]"."""
   return tuple(n.strip().strip("'\"") for n in text.strip("[]() ").split(",") if n.strip())
@@ -151,7 +159,8 @@ RANGES = {
   "data.context": (0, None), "data.threads": (0, None), "data.prefetch": (1, None),
   "data.augment.zoom": (1e-3, None), "synthesis.batch_size": (1, None),
   "synthesis.overlap": (0, 0.95), "evaluation.panels": (0, None), "optim.accumulate": (1, None),
-  "synthesis.samples": (1, None), "folds": (0, None), "code_dropout": (0, 0.99),
+  "synthesis.samples": (1, None), "n_critic": (1, None), "pool": (1, None),
+  "displace": (0, None), "misalign": (0, None), "folds": (0, None), "code_dropout": (0, 0.99),
   "guidance": (0, None), "start_at": (0.01, 1), "sampler.steps": (1, None),
   "sampler.eta": (0, 1), "diffusion.steps": (1, None), "min_snr_gamma": (1e-3, None),
   "optim.hold": (0, 1), "optim.ema": (0, 1), "optim.warmup": (0, None), "optim.clip": (0, None),

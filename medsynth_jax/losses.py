@@ -1,7 +1,10 @@
 """Losses of images and discriminators, weighted by where and whether both sides were measured."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from medsynth_jax.errors import UserError
 
@@ -64,3 +67,24 @@ def gan(kind: str):
 def per_example(loss: jax.Array, weight: jax.Array) -> jax.Array:
   """Patch losses averaged over each example, then over examples by `weight` [B]."""
   return weighted_mean(loss.reshape(len(loss), -1).mean(1), weight)
+
+
+def gradient_penalty(judge: Callable, real: jax.Array, fake: jax.Array, key: jax.Array
+                     ) -> jax.Array:
+  """Mean over examples of (|d judge / d z| - 1)^2 at z = u real + (1 - u) fake, u ~ U(0, 1).
+
+  `judge` gives the patch values of images [B, *space, C]; the norm is over all pixels of an example
+  (Gulrajani et al., arXiv 1704.00028).
+  """
+  u = jax.random.uniform(key, (len(real),) + (1,) * (real.ndim - 1))
+  def total(z):  # an example's value depends on that example alone
+    values = judge(z)
+    return values.reshape(len(values), -1).mean(1).sum()
+  slope = jax.grad(total)(u * real + (1 - u) * fake).reshape(len(real), -1)
+  # the square root has no derivative at 0, where an untrained discriminator may be
+  return jnp.square(jnp.sqrt(jnp.square(slope).sum(1) + 1e-12) - 1).mean()
+
+
+def class_error(logits: jax.Array, category: jax.Array) -> jax.Array:
+  """Cross-entropy of class logits [B, n] against categories [B], averaged over examples."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, category).mean()

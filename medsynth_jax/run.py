@@ -221,12 +221,12 @@ def build(config: ConfigDict, info: Info, folder: Path) -> Run:
   factor = math.lcm(*(m.factor for m in methods.values()))
   run = Run(Path(folder), config, info, methods, make_task(config.data, info, factor), mesh)
   for stage, method in methods.items():
-    if len(run.task.targets) > 1 and not method.many_targets:
-      raise UserError(f"data.targets={config.data.targets}: {run.sections[stage].method} makes one"
-                      " target; train one run a target")
     if run.task.any_source and not method.many_sources:
       raise UserError(f"data.source=any: {run.sections[stage].method} is made from one source; name"
                       " it in data.source")
+    if len(run.task.targets) > 1 and not method.many_targets:
+      raise UserError(f"data.targets={config.data.targets}: {run.sections[stage].method} makes one"
+                      " target; train one run a target")
   for stage in methods:
     run.shape(stage)  # a size that a network refuses is told now, not after hours
   return run

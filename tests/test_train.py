@@ -37,7 +37,9 @@ def get_config(name: str, variant: str = "test") -> ConfigDict:
 
 def toy_config(name: str, data, **fields) -> ConfigDict:
   config = get_config(name)
-  config.data.update(dir=str(data), source="a", targets="b", fusion="")
+  any_source = config.data.source == "any"
+  config.data.update(dir=str(data), source="any" if any_source else "a",
+                     targets="" if any_source else "b", fusion="")
   config.update(fields)
   return config
 

@@ -1,0 +1,48 @@
+"""RegGAN: pairs that do not line up, by a registration network (arXiv 2110.06465).
+
+  python -m medsynth_jax.main --config=configs/reg_gan.py --workdir=runs/reg_gan
+"""
+
+from medsynth_jax import config as common
+
+
+def get_config(variant: str = ""):
+  config = common.single("reg_gan", common.base(), gan="lsgan", conditional=False, adversarial=1.0,
+                         correction=20.0, smoothness=10.0, mean_flow=0.0, l1=0.0, cycle=0.0)
+  config.bright = {"weight": 0.0, "above": 0.0, "low": 0.0, "high": 1.0}
+  config.data.channels = "one"
+  config.generator = {"name": "resnet", "initializer": "torch"}
+  config.discriminator = {"name": "patchgan", "norm": "instance", "initializer": "torch",
+                          "pooled": True}
+  config.registration = {"name": "registration_resunet"}
+  config.optim.update(lr=1e-4, b1=0.5)
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
+
+
+def laptop(config):
+  """Small nets; targets displaced by 4 mm, so that there is something to register."""
+  config.data.size = "48,64"
+  config.data.simulated.spacing = "4,4,4"
+  config.displace = 4.0
+  config.steps, config.batch_size = 4000, 2
+  config.generator.update(base=16, blocks=4)
+  config.discriminator.update(base=16, n_layers=2)
+  config.registration.channels = (16, 32, 32, 32)
+  config.optim.update(lr=1e-3, schedule="linear", hold=0.3, ema=0.99)
+  config.update(validate_every=2000, validation_slices=32)
+
+
+def paper(config):
+  """RegGAN's: Adam 1e-4 (0.5, 0.999) without decay, batch 1, 80 epochs."""
+  config.data.size = "256,256"
+  config.steps, config.batch_size = 400_000, 1
+  config.optim.ema = 0.0
+  config.validate_every = 10_000
+
+
+def test(config):
+  common.tiny(config)
+  config.displace = 4.0
+  config.generator.update(base=4, blocks=1)
+  config.discriminator.update(base=4, n_layers=1)
+  config.registration.channels = (4, 8)

@@ -1,0 +1,44 @@
+"""Any MR contrast from any other by one GAN (S3; Dai et al., Med Phys 2020;47(12):6343).
+
+  python -m medsynth_jax.main --config=configs/unified_gan.py --workdir=runs/unified_gan
+"""
+
+from medsynth_jax import config as common
+
+
+def get_config(variant: str = ""):
+  config = common.single("unified_gan", common.base(), draw="any", n_critic=5)
+  config.data.update(source="any", targets="t1,t1c,t2,flair")
+  config.generator = {"name": "stargan_generator", "base": 64, "blocks": 6}
+  config.discriminator = {"name": "stargan_discriminator", "base": 64, "layers": 6}
+  config.update(classify=1.0, penalty=10.0, cycle=10.0, l1=10.0)
+  config.optim.update(b1=0.5)
+  config.evaluation.s3 = True
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
+
+
+def laptop(config):
+  """Small images and nets: what two CPU cores train in minutes."""
+  config.data.size = "48,64"
+  config.data.simulated.spacing = "4,4,4"
+  config.steps, config.batch_size, config.n_critic = 4000, 4, 2
+  config.generator.update(base=24, blocks=4)
+  config.discriminator.update(base=16, layers=4)
+  config.optim.update(lr=1e-3, schedule="linear", hold=0.3, ema=0.99)
+  config.update(validate_every=2000, validation_slices=48)
+
+
+def paper(config):
+  """StarGAN's recipe: 200,000 batches of 16, the rate linearly to 0 over the second half."""
+  config.data.size = "240,240"
+  config.data.augment.flip = True
+  config.steps, config.batch_size = 200_000, 16
+  config.optim.update(lr=1e-4, schedule="linear", hold=0.5, ema=0.0)
+  config.validate_every = 10_000
+
+
+def test(config):
+  common.tiny(config)
+  config.n_critic = 2
+  config.generator.update(base=4, blocks=1)
+  config.discriminator.update(base=4, layers=3)
