@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from medsynth_jax import losses
-
 
 def _grid(space):
   """[*space, rank]: the position of each voxel."""
@@ -30,6 +28,12 @@ def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
   return jax.vmap(jax.vmap(one, (-1, None), -1))(image, points)
 
 
+def _mean(values, weight):
+  """The mean of [B, *space, C] by weights [B, *space, 1]; 0 where they are all 0."""
+  weight = jnp.broadcast_to(weight, values.shape)
+  return jnp.sum(values * weight) / jnp.maximum(1.0, jnp.sum(weight))
+
+
 def _differences(flow):
   """Forward differences [B, *shorter, rank] along each spatial axis."""
   return [jnp.diff(flow, axis=axis) for axis in range(1, flow.ndim - 1)]
@@ -45,7 +49,7 @@ def smoothness(flow: jax.Array, weight: jax.Array | None = None) -> jax.Array:
   for axis, difference in enumerate(_differences(flow), 1):
     first, last = (jax.lax.slice_in_dim(weight, start, start + flow.shape[axis] - 1, axis=axis)
                    for start in (0, 1))
-    total += losses.weighted_mean(jnp.square(difference), first * last)
+    total += _mean(jnp.square(difference), first * last)
   return total
 
 
@@ -61,4 +65,4 @@ def folding(flow: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   gradient = jnp.stack([jnp.diff(flow, axis=axis)[inner] for axis in range(1, rank + 1)], -1)
   determinant = jnp.linalg.det(gradient + jnp.eye(rank))[..., None]
   mask = jnp.broadcast_to(1.0 if mask is None else mask, (*flow.shape[:-1], 1))[inner]
-  return losses.weighted_mean(determinant <= 0, mask > 0)
+  return _mean(determinant <= 0, mask > 0)
