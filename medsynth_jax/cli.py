@@ -4,30 +4,35 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from medsynth_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-  """Runs `main` behind absl flags.
-
-  A UserError, a bad flag or a full disk is one line and exit status 2; Ctrl-C exits with 130.
-  """
+  """Runs `main` behind absl flags; see `guard` for how it fails."""
   def guarded(argv):
     if len(argv) > 1:
       raise UserError(f"unknown argument '{argv[1]}'; see --help")
     quiet()
     keep_compiled_code()
     return main(argv)
+  guard(lambda: app.run(guarded, flags_parser=_parse))
+
+
+def guard(work: Callable[[], None]) -> None:
+  """Runs `work`.
+
+  A UserError, a bad flag or a full disk is one line and exit status 2; Ctrl-C exits with 130.
+  """
   try:
-    app.run(guarded, flags_parser=_parse)
+    work()
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -74,9 +79,25 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     " any field is overridden by --config.field=value.", lock_config=True)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def read_config(name: str, fields: Sequence[str] = ()) -> ConfigDict:
+  """The config that the flags `--config=name` and `fields` ("--config.field=value") give.
+
+  Raises:
+    UserError: no such file or variant, an unknown field, a value of another type.
+  """
+  values, argv = flags.FlagValues(), ["", f"--config={name}", *fields]
+  config = config_flags.DEFINE_config_file("config", None, "", flag_values=values,
+                                           lock_config=True, sys_argv=argv)
+  _parse(argv, values)
+  return config.value
+
+
+def _parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   try:
-    return flags.FLAGS(argv)
+    rest = values(argv)
+    if "config" in values and values["config"].value is not None:
+      values["config"].value.keys()  # the error of a file that could not be read waits in it
+    return rest
   except UserError:
     raise
   except flags.Error as error:
@@ -85,8 +106,9 @@ def _parse(argv: list[str]) -> list[str]:
     raise UserError(f"unknown config field: {_line(error)}; --help shows the fields") from None
   except (TypeError, ValueError) as error:
     raise UserError(f"config: {_line(error)}") from None
-  except FileNotFoundError as error:
-    raise UserError(f"config file not found: {error.filename or _line(error)}") from None
+  except OSError as error:
+    raise UserError(f"--config: {_line(error).rpartition('] ')[2]}; give configs/NAME.py or"
+                    " configs/NAME.py:variant") from None
 
 
 def _line(error: Exception) -> str:
