@@ -65,15 +65,20 @@ def check_range(name: str, data_range: float) -> None:
     raise ValueError(f"ssim: {name!r} is defined on [-1, 1], data_range {only}, not {data_range}")
 
 
-def _taps(protocol: Protocol) -> np.ndarray:
-  if protocol.window == "uniform":
-    return np.full(protocol.size, 1 / protocol.size)
-  offset = np.arange(protocol.size) - protocol.size // 2
-  taps = np.exp(-0.5 * (offset / protocol.sigma) ** 2)
+def gaussian(size: int, sigma: float) -> np.ndarray:
+  """`size` (odd) weights of a Gaussian of `sigma` voxels, their sum 1, float64."""
+  offset = np.arange(size) - size // 2
+  taps = np.exp(-0.5 * (offset / sigma) ** 2)
   return taps / taps.sum()
 
 
-def _filter(x: jax.Array, taps: np.ndarray) -> jax.Array:
+def _taps(protocol: Protocol) -> np.ndarray:
+  if protocol.window == "uniform":
+    return np.full(protocol.size, 1 / protocol.size)
+  return gaussian(protocol.size, protocol.sigma)
+
+
+def filtered(x: jax.Array, taps: np.ndarray) -> jax.Array:
   """Correlates the axes of x but the first with the taps, whole windows only.
 
   A sum of shifted slices instead of a convolution: exact float32 on every device (no TF32, no
@@ -108,7 +113,7 @@ def ssim_map(reference, image, data_range, protocol: str = "wang") -> jax.Array:
   # E[x^2] - E[x]^2 cancels in float32 unless the images are first moved near zero.
   shift = mean(x)
   x, y = x - shift, y - shift
-  mx, my, xx, yy, xy = _filter(jnp.stack([x, y, x * x, y * y, x * y]), _taps(p))
+  mx, my, xx, yy, xy = filtered(jnp.stack([x, y, x * x, y * y, x * y]), _taps(p))
   count = p.size**x.ndim
   scale = np.float32(count / (count - 1) if p.sample else 1.0)
   c1, c2 = K1**2, K2**2
