@@ -76,7 +76,7 @@ def base(**fields) -> ConfigDict:
     # samples: evaluation scores their mean; noise: drawn for each "slice", or once a "volume"
     "synthesis": {"batch_size": 8, "overlap": 0.25, "mirror": False, "samples": 1,
                   "noise": "slice"},
-    "evaluation": {"ssim": "wang", "panels": 2},
+    "evaluation": {"ssim": "wang", "panels": 2, "s3": False},  # s3: also S3's metrics, of MR
     **fields})
 
 

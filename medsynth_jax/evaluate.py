@@ -1,10 +1,11 @@
 """Scores of a run on held-out subjects, beside the floor that it must beat.
 
 python -m medsynth_jax.evaluate --workdir=RUN [--data=DATA] [--checkpoint=latest] [--split=test]
-    [--samples=8] [--batch_size=4]
+    [--samples=8] [--batch_size=4] [--s3]
 
-Writes RUN/evaluation/: per_subject.csv, summary.json, table.txt, panels/*.png. RUN is not changed
-otherwise; another split goes to RUN/evaluation_<split>/.
+Writes RUN/evaluation/: per_subject.csv, summary.json, table.txt, panels/*.png, with --s3 the NIQE
+models niqe_<target>.npz. RUN is not changed otherwise; another split goes to
+RUN/evaluation_<split>/.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
   targets = scored_cases(here, split)
   scorer = Scorer(here, store, targets)
   results = Results(here.config, here.info, here.task.direction, split, which, scorer.scales,
-                    scorer.protocols, scorer.rendered)
+                    scorer.protocols, scorer.rendered, s3=scorer.s3)
   work = _Work(scorer, results, {t: _baselines(scorer, t, c, results) for t, c in targets.items()})
   stages = [s for s, m in here.methods.items()
             if m.synthesize and here.sections[s].exclude_fold < 0]
@@ -252,7 +253,8 @@ def main(argv: list[str]) -> None:
   del argv
   if _WORKDIR.value is None:
     raise UserError("give --workdir=RUN")
-  asked = {"synthesis.samples": _SAMPLES.value, "synthesis.batch_size": _BATCH_SIZE.value}
+  asked = {"synthesis.samples": _SAMPLES.value, "synthesis.batch_size": _BATCH_SIZE.value,
+           "evaluation.s3": _S3.value}
   changes = {field: value for field, value in asked.items() if value is not None}
   here = run.open_run(_WORKDIR.value, changes)
   print(evaluate(here, open_data(here, _DATA.value), which=_CHECKPOINT.value, split=_SPLIT.value))
@@ -266,4 +268,5 @@ if __name__ == "__main__":
   _SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Whose subjects are scored.")
   _SAMPLES = flags.DEFINE_integer("samples", None, "Score the mean of so many samples.")
   _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Slices made at once.")
+  _S3 = flags.DEFINE_bool("s3", None, "Also S3's metrics of MR targets (VIF, NIQE).")
   cli.run(main)

@@ -5,7 +5,7 @@ from typing import Any
 
 from medsynth_jax import config
 from medsynth_jax.code_switch import CONSTANT
-from medsynth_jax.metrics import uptake
+from medsynth_jax.metrics import s3, uptake
 from medsynth_jax.metrics.summary import FEWEST, unit_of
 from medsynth_jax.metrics.volume import PAPERS
 from medsynth_jax.results import Results, verdicts
@@ -29,7 +29,8 @@ def _direction(results: Results, target: str) -> str:
     [_title(results, target)], _grid(results, summary, main, spread=True),
     _in_regions(results, summary, "In regions:", ("mae_{}", "psnr_{}")),
     *(_uptake(results, target, summary) if scale.uptake else ()),
-    _papers(results, summary, scale), _caption(results, target, scale, protocols),
+    _papers(results, summary, scale), _s3(results, target, summary),
+    _caption(results, target, scale, protocols),
     _verdict_lines(results, target), _groups(results, target), _correlation(results, target)]
   return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
@@ -95,6 +96,17 @@ def _papers(results: Results, summary, scale: Scale) -> list[str]:
            "By the papers' own conventions, means of whole slices with background outside"
            " the body (for their tables only; s2 doubles the peak: +48.13 dB):")
   return [title, *_grid(results, summary, metrics)]
+
+
+def _s3(results: Results, target: str, summary) -> list[str]:
+  """The scores by S3's own convention, where they were asked for."""
+  if target not in results.s3:
+    return []
+  return ["By S3's own convention, in the mask of a volume, outside which both are the reference's"
+          " minimum in it; range: the reference's maximum - minimum in the mask (VIF's 0..255); VIF"
+          f" means over slices with {s3.ENOUGH:.0%} mask or more, weighted by its voxels:",
+          *_grid(results, summary, s3.METRICS, spread=True),
+          *results.s3[target].lines(summary, results.count(target))]
 
 
 def _groups(results: Results, target: str) -> list[str]:

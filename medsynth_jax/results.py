@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from medsynth_jax.code_switch import Switch
 from medsynth_jax.data.dataset import Case, Info
-from medsynth_jax.metrics import uptake
+from medsynth_jax.metrics import niqe, uptake
 from medsynth_jax.metrics.baselines import BLUR_MM
 from medsynth_jax.metrics.summary import aggregate, per_subject
+from medsynth_jax.s3_scorer import S3Scorer
 from medsynth_jax.scoring import Scale, ssim_name
 from medsynth_jax.timing import Speed
 
@@ -54,6 +55,7 @@ class Results:
   scales: Mapping[str, Scale]
   protocols: Mapping[str, Sequence[str]]
   rendered: bool = False
+  s3: Mapping[str, S3Scorer] = dataclasses.field(default_factory=dict)
   stages: dict[str, Stage] = dataclasses.field(default_factory=dict)
   floor: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
   volumes: dict[tuple[str, str], list] = dataclasses.field(default_factory=dict)
@@ -185,6 +187,9 @@ def write(results: Results, folder: Path) -> None:
     writer.writeheader()
     for line in lines:
       writer.writerow({k: "" if v != v else v for k, v in line.items()})
+  for target, found in results.s3.items():
+    if found.model:
+      niqe.save(found.model, folder / f"niqe_{target}.npz")
   text = json.dumps(_plain(described(results)), indent=1, allow_nan=False)
   (folder / "summary.json").write_text(text + "\n")
 
@@ -235,6 +240,8 @@ def _scaling(results: Results, target: str) -> dict[str, Any]:
   if scale.colour:
     found |= {"made": "rendered from the synthetic SUV" if results.rendered else "learned",
               "correlated_slices": f"{uptake.LEAST} mask voxels or more"}
+  if target in results.s3:
+    found["s3"] = results.s3[target].described()
   if scale.uptake:
     cold, hot = results.not_told(target)
     found |= {"hot_suv": uptake.HOT, "subjects_without_hot_voxels": cold,

@@ -12,6 +12,7 @@ from medsynth_jax.data.dataset import Case, Store
 from medsynth_jax.data.examples import case_source, case_target, case_valid, fused, usable
 from medsynth_jax.errors import UserError
 from medsynth_jax.run import Run
+from medsynth_jax.s3_scorer import S3Scorer
 
 
 @dataclasses.dataclass
@@ -43,6 +44,9 @@ class Scorer:
     asked = configs.names(here.config.evaluation.ssim)
     self.scales = {n: scoring.scale_of(self.info.modality(n)) for n in names}
     self.protocols = {n: scoring.ssim_protocols(asked, self.info.modality(n)) for n in names}
+    wanted = here.config.evaluation.get("s3", False)  # absent in runs older than the field
+    self.s3 = {n: S3Scorer(store, n, self.scales[n]) for n in names
+               if wanted and self.info.modality(n).type == "mr"}
 
   def load(self, case: Case, target: str) -> Volume:
     """A case with the target in the unit of scores."""
@@ -82,8 +86,12 @@ class Scorer:
   def score(self, volume: Volume, row: str, image: np.ndarray) -> dict[str, float]:
     """Scores of an image in the unit of scores; UserError names the case and the row."""
     try:
-      return scoring.score(self.scales[volume.target], volume.reference, image, volume.mask,
-                           volume.rois, self.protocols[volume.target])
+      scores = scoring.score(self.scales[volume.target], volume.reference, image, volume.mask,
+                             volume.rois, self.protocols[volume.target])
+      if volume.target in self.s3:
+        scores |= self.s3[volume.target].score(volume.case.volume, volume.reference, image,
+                                               volume.mask)
+      return scores
     except ValueError as error:
       raise UserError(f"case {volume.case.name}, {row}: {error}") from None
 

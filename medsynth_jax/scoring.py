@@ -87,7 +87,7 @@ def ssim_name(protocol: str) -> str:
 
 def roi_label(roi: str) -> str:
   """A region's part in a metric's name; a vertebra `s2` must not look like the paper S2."""
-  return f"roi_{roi}" if roi in (*PAPERS, "hot") else roi
+  return f"roi_{roi}" if roi in (*PAPERS, "s3", "hot") else roi
 
 
 def blanked(scale: Scale, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
