@@ -8,31 +8,52 @@ from ml_collections import ConfigDict
 from medsynth_jax import config as configs
 from medsynth_jax import prepare
 from medsynth_jax.data import fusion, phantom
+from medsynth_jax.data.examples import ANY
 from medsynth_jax.errors import UserError
 
 
 def make(config: ConfigDict, workdir: Path) -> Path:
   """Writes RUN/scans (NIfTI files, cases.csv) and prepares RUN/data from it; returns RUN/data.
 
-  What is there already, from the same fields, is kept. Of a fusion image its PET is simulated.
+  What is there already, from the same fields, is kept. Of a fusion image its PET is simulated. With
+  data.source=any all modalities are sources. Where images are missing and a training case need not
+  be whole (draw "any" or "unpaired"), the test subjects have all, so that they can be scored.
+
+  Raises:
+    UserError: fields that cannot be simulated.
   """
   for left in workdir.glob(".scans.part*"):  # of a simulation that was killed
     shutil.rmtree(left, ignore_errors=True)
   simulated, data = config.data.simulated, config.data
-  sources, targets = configs.names(data.source), _simulable(data)
-  modalities = dict.fromkeys((*sources, *targets, *configs.names(simulated.modalities)))
+  sources, modalities = _modalities(data)
+  draws = {section.draw for section in configs.stages(config).values()}
   table = phantom.write(
     workdir / "scans", n_subjects=simulated.n_subjects, seed=simulated.seed,
-    modalities=tuple(modalities), sources=sources, spacing=_spacing(simulated.spacing),
+    modalities=modalities, sources=sources, spacing=_spacing(simulated.spacing),
     misaligned=simulated.misaligned or None, misalignment=simulated.misalignment,
     missing=(simulated.missing, simulated.missing_share), groups=simulated.groups,
-    permute=simulated.permute)
+    permute=simulated.permute, whole_test=bool(draws & {"any", "unpaired"}))
   fields = prepare.default_config()
   fields.update(table=str(table), out=str(workdir / "data"), name="built-in simulated subjects",
                 seed=simulated.seed, folds=simulated.folds,
                 # else a fold might hold all that is known of a target
                 stratify="modalities" if simulated.missing == "confounded" else "")
   return prepare.prepare(fields)
+
+
+def _modalities(data: ConfigDict) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """(sources, all modalities) of the simulated subjects."""
+  sources, targets = configs.names(data.source), _simulable(data)
+  more = configs.names(data.simulated.modalities)
+  if sources == (ANY,):
+    sources = tuple(dict.fromkeys((*targets, *more)))
+    if len(sources) < 2:
+      raise UserError("data.source=any on simulated subjects: name two modalities or more in"
+                      " data.targets, as t1,t2,flair")
+    if data.simulated.permute:
+      raise UserError("data.simulated.permute takes the targets of another subject: with"
+                      " data.source=any there are none; set it to False")
+  return sources, tuple(dict.fromkeys((*sources, *targets, *more)))
 
 
 def _simulable(data: ConfigDict) -> tuple[str, ...]:

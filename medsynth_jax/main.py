@@ -51,9 +51,8 @@ def main(argv: list[str]) -> int | None:
   print(f"{here.task.direction} -> {', '.join(here.task.targets)} on {data}: "
         + ", ".join(f"{len(store.info.split(s))} {s}" for s in ("train", "validation", "test"))
         + f" cases; {jax.device_count()} {jax.default_backend()} device(s)", flush=True)
-  for target, count in pipeline.skipped(store.info, here.task).items():
-    if count:
-      print(f"{count} training cases are skipped: they lack {here.task.direction} or {target}")
+  for line in pipeline.told(store.info, here.task, [s.draw for s in here.sections.values()]):
+    print(line)
   try:
     train.train(here, store)
   except train.Interrupted as message:

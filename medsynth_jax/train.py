@@ -17,6 +17,7 @@ from medsynth_jax import checkpoint, sharding, windows
 from medsynth_jax.checkpoint import Checkpoints
 from medsynth_jax.contract import State, create, served
 from medsynth_jax.data import pipeline
+from medsynth_jax.data.augment import make_augment
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.data.examples import case_source, case_target, case_valid, usable
 from medsynth_jax.errors import UserError
@@ -43,7 +44,7 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
   """Trains one stage from its latest checkpoint, or from the start, to its last step."""
   section, method, folder = run.sections[stage], run.methods[stage], run.folder / stage
   store.open()
-  augment = pipeline.make_augment(run.config.data.augment, section.misalign, run.info)
+  augment = make_augment(run.config, section, run.info)
   source = pipeline.training(store, run.task, augment, section, run.config, number,
                              jax.process_index(), jax.process_count())
   batches = iter(grain.experimental.ThreadPrefetchIterDataset(
@@ -167,21 +168,23 @@ class _Validation:
   def __init__(self, run: Run, store: Store, stage: str, log: Log):
     self.run, self.store, self.stage, self.log = run, store, stage, log
     self.method = run.methods[stage]
-    pairs = [(case, target) for case in run.info.split("validation") for target in run.task.targets
-             if usable(case, run.task, target)]
+    views = run.views()
+    pairs = [(view, case, target) for case in run.info.split("validation") for view in views
+             for target in view.task.targets if usable(case, view.task, target)]
     # a stage without one fold only serves a later one, which takes its last state
     chosen = self.method.synthesize and run.sections[stage].exclude_fold < 0
     self.pairs = pairs if chosen else []
+    # of all views: what is made from what only changes the numbers in the batch
     self.predict = run.predictor(stage, loaded=True) if self.pairs else None
 
   def __call__(self, state: State, step: int) -> float | None:
     """The score (mean over subjects), logged with a panel; None where nobody is held out."""
     if not self.pairs:
       return None
-    view = served(state, self.method.keeps)
+    shown = served(state, self.method.keeps)
     errors: dict[str, list[float]] = {}
-    for i, (case, target) in enumerate(self.pairs):
-      error, panel = self._case(view, case, target)
+    for i, (run, case, target) in enumerate(self.pairs):
+      error, panel = self._case(shown, run, case, target)
       if error is not None:
         errors.setdefault(case.subject, []).append(error)
       if i == 0:
@@ -195,8 +198,8 @@ class _Validation:
     self.log.scalars(step, {f"validation_{checkpoint.SCORE}": score})
     return score
 
-  def _case(self, view: State, case, target: str):
-    run, config = self.run, self.run.config
+  def _case(self, shown: State, run: Run, case, target: str):
+    config = run.config
     arrays = self.store.volume(case)
     count = len(arrays["mask"])
     share = max(1, config.validation_slices // len(self.pairs))
@@ -210,7 +213,7 @@ class _Validation:
     source = case_source(arrays, case, run.task, run.info)
     truth = case_target(arrays, case, run.task, run.info, target)
     image = windows.synthesise(
-      self.predict, view, source, run.task, source_modality=run.info.index(run.task.sources[0]),
+      self.predict, shown, source, run.task, source_modality=run.info.index(run.task.sources[0]),
       target_modality=run.info.index(target), key=run.key(self.stage),
       batch_size=config.synthesis.batch_size, overlap=config.synthesis.overlap, put=run.put,
       numbers=numbers, target=truth if self.method.sees_target else None)

@@ -293,7 +293,7 @@ def test_a_data_set_without_folds(store):
 
 
 @pytest.mark.parametrize("changes, section, message", [
-  ({}, {"draw": "all"}, "draw='all': choose one of pair, single"),
+  ({}, {"draw": "all"}, "draw='all': choose one of pair, unpaired, single"),
   ({}, {"balance": "group"}, "balance='group': choose one of '', 'category', 'category,group'"),
   ({"context": 1}, {"draw": "single"}, "set data.context=0"),
   ({}, {"draw": "single", "misalign": 1.0}, "set misalign=0"),
@@ -326,7 +326,7 @@ def test_a_category_absent_from_the_training_data(store, section, needs):
 
 @pytest.fixture(scope="module")
 def confounded(tmp_path_factory):
-  config = configs.base()
+  config = configs.single("pix2pix", configs.base())
   config.data.update(source="pet", targets="ct,t2", size="32,32", threads=0)
   config.data.simulated.update(n_subjects=10, missing="confounded", missing_share=1.0, groups=2,
                                spacing="12,12,12", folds=2, seed=1)

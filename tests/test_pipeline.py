@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from medsynth_jax import config as configs
+from medsynth_jax.data import augment as augmentation
 from medsynth_jax.data.dataset import Store, dequantise
 from medsynth_jax.data.draws import training_index
 from medsynth_jax.data.examples import make_task
@@ -129,15 +130,14 @@ def test_flip_mirrors_left_and_right(store):
   assert seen == {plain.tobytes(), np.ascontiguousarray(plain[::-1]).tobytes()}
 
 
-def test_shift_moves_by_whole_pixels(store, monkeypatch):
+def test_shift_moves_by_whole_pixels():
   """A known draw: the transform shifts by the stated share of the slice."""
-  from medsynth_jax.data import pipeline
   class Draw:
     def uniform(self, low, high, n):
       return np.array([0, 0, 1, 0])
-  matrix = pipeline._transform(Draw(), 0, 0.1, 0, 1.0, (20, 24))
+  matrix = augmentation.transform(Draw(), 0, 0.1, 0, 1.0, (20, 24))
   image = np.arange(480, dtype=np.float32).reshape(1, 20, 24, 1)
-  moved = pipeline._warp(image, matrix, 1)
+  moved = augmentation._warp(image, matrix, 1, -1.0)
   np.testing.assert_allclose(moved[0, 2:], image[0, :-2], atol=1e-3)
   assert (moved[0, :2] == -1).all()
 
@@ -215,11 +215,11 @@ def test_no_common_training_case_is_refused(store):
 
 
 def test_sagittal_flip_is_refused(store):
-  from medsynth_jax.data.pipeline import make_augment
   config = fields()
   config.data.augment.flip = True
   with pytest.raises(UserError, match="sagittal"):
-    make_augment(config.data.augment, 0.0, dataclasses.replace(store.info, plane=0))
+    augmentation.make_augment(config, ConfigDict(configs.stage("pix2pix")),
+                              dataclasses.replace(store.info, plane=0))
 
 
 def test_quantisation_error_is_bounded():

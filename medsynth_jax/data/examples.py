@@ -105,7 +105,7 @@ def make_task(data: ConfigDict, info: Info, factor: int = 1) -> Task:
   size = configs.sizes(data.size)
   if not size:
     step = np.lcm(factor, 16)
-    planes = np.array([_in_plane(c, info) for c in info.cases]).max(0)
+    planes = np.array([in_plane(c, info) for c in info.cases]).max(0)
     size = tuple(int(-(-n // step) * step) for n in planes)
   if any(n % factor for n in size):
     good = ",".join(str(-(-n // factor) * factor) for n in size)
@@ -154,19 +154,29 @@ def _check_fusion(pet: str, sources: tuple[str, ...], targets: tuple[str, ...],
                     " fusion image data.fusion=''")
 
 
-def _in_plane(case: Case, info: Info) -> tuple[int, ...]:
+def in_plane(case: Case, info: Info) -> tuple[int, ...]:
+  """The shape of a case's slices."""
   return tuple(n for axis, n in enumerate(case.shape) if axis != info.plane)
 
 
+def has_sources(case: Case, task: Task) -> bool:
+  """Whether a case has the sources (any of them, with a presence channel)."""
+  return (any if task.presence else all)(m in case.images for m in task.sources)
+
+
 def usable(case: Case, task: Task, target: str) -> bool:
-  """Whether a case has the target and the sources (any of them, with a presence channel).
+  """Whether a case has the target and the sources.
 
   A fusion needs the first source, on which it is shown.
   """
-  have = [m in case.images for m in task.sources]
-  if target == fusion.NAME and not have[0]:
+  if target == fusion.NAME and task.sources[0] not in case.images:
     return False
-  return task.measured(target) in case.images and (any(have) if task.presence else all(have))
+  return task.measured(target) in case.images and has_sources(case, task)
+
+
+def directions(task: Task) -> tuple[tuple[str, str], ...]:
+  """(source, target) of every direction of a task of any source, in order."""
+  return tuple((view.sources[0], t) for view in task.views for t in view.targets)
 
 
 def source_channels(images: Mapping[str, np.ndarray], scalings: Mapping[str, Sequence[Scaling]],
@@ -215,9 +225,11 @@ def fused(source: np.ndarray, suv: np.ndarray) -> np.ndarray:
 def single_images(task: Task, info: Info) -> tuple[tuple[str, int], ...]:
   """The one-channel images that a task is made of: (modality, channel) each.
 
-  Of a source every channel once (two by the same rule are one image); of a target (which is no
-  source) its target scaling, as channel -1.
+  Of a source every channel once (two by the same rule are one image); of a target, and of a source
+  that is scaled like one, its target scaling, as channel -1.
   """
+  if task.one_channel:
+    return tuple((name, -1) for name in dict.fromkeys((*task.sources, *task.targets)))
   images = []
   for name in task.sources:
     rules = info.modality(name).source

@@ -163,7 +163,8 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
           modalities: Sequence[str] = ("t1", "t2"), sources: Sequence[str] = ("t1",),
           spacing: Sequence[float] = (2.0, 2.0, 2.0), misaligned: str | None = None,
           misalignment: float = 0.0, missing: tuple[str, float] = ("none", 0.0),
-          groups: int = 1, permute: bool = False, workers: int | None = None) -> Path:
+          groups: int = 1, permute: bool = False, whole_test: bool = False,
+          workers: int | None = None) -> Path:
   """Writes a simulated data set (NIfTI files and cases.csv) and returns the table's path.
 
   Columns: subject, group, (split,) one a modality, mask (the head), mask_<region> for the regions
@@ -185,6 +186,8 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
       noise), so that with "group" and "confounded" the scanner tells which modalities there are.
     permute: the modalities that are no sources come from the next subject, masks and ceiling too:
       no method can learn from such pairs.
+    whole_test: the test subjects of "random" and "group" have all modalities too, and the table a
+      column `split`, as for "confounded".
     workers: parallel processes; default one a CPU core, or one alone for a small data set.
 
   Raises:
@@ -196,7 +199,9 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
     "modalities": list(modalities), "sources": list(sources),
     "spacing": [float(s) for s in spacing], "misaligned": misaligned,
     "misalignment": float(misalignment), "missing": list(missing), "groups": groups,
-    "permute": permute}
+    "permute": permute,
+    # only where it says something, so that a folder of an older version is recognised
+    **({"whole_test": True} if whole_test and missing[0] in ("random", "group") else {})}
   _check(modalities, sources, misaligned)
   _check_recipe(recipe)
   if folder.exists() and any(folder.iterdir()):
@@ -234,6 +239,9 @@ def _check_recipe(recipe):
     raise UserError(f"simulated data: missing='confounded' with groups={groups}, n_subjects={n} "
                     f"and targets {', '.join(targets) or 'none'}: need two groups, two targets and "
                     "four subjects a group (one to train, one to validate, two to test) or more")
+  if recipe.get("whole_test") and n < 4 * groups:
+    raise UserError(f"simulated data: missing={kind!r} with groups={groups}, n_subjects={n}: need"
+                    " four subjects a group (one to train, one to validate, two to test) or more")
   absent = [m for m in recipe["sources"] if m not in recipe["modalities"]]
   if absent:
     raise UserError(f"simulated data: source {absent[0]!r} is not among the modalities "
@@ -282,8 +290,13 @@ def _targets(recipe):
   return [m for m in recipe["modalities"] if m not in recipe["sources"]]
 
 
+def _has_splits(recipe):
+  """Whether the simulation says who tests, since the test subjects are whole."""
+  return recipe["missing"][0] == "confounded" or recipe.get("whole_test", False)
+
+
 def _split(recipe, index):
-  """The side of a subject of a confounded set: each group's last test, those before validate."""
+  """The side of a subject of such a set: each group's last test, those before validate."""
   group, number = index % recipe["groups"], index // recipe["groups"]
   count = len(range(group, recipe["n_subjects"], recipe["groups"]))
   test, validation = max(2, round(count / 10)), max(1, round(count / 10))
@@ -295,9 +308,9 @@ def _present(recipe, index):
   """The modalities that subject `index` has."""
   modalities, (kind, share) = recipe["modalities"], recipe["missing"]
   rng = stream(subject_seed(recipe["seed"], index), "missing")
+  if _has_splits(recipe) and _split(recipe, index) == "test":
+    return modalities
   if kind == "confounded":
-    if _split(recipe, index) == "test":
-      return modalities
     targets = _targets(recipe)
     own = targets[index % recipe["groups"] % len(targets)]
     return [m for m in modalities if m in (own, *recipe["sources"]) or rng.random() >= share]
@@ -330,7 +343,7 @@ def _write_one(job):
   else:
     first = second = _simulate(recipe, index, present)
   row = {"subject": name, "group": f"site{index % recipe['groups']}"}
-  if recipe["missing"][0] == "confounded":
+  if _has_splits(recipe):
     row["split"] = _split(recipe, index)
 
   def save(column, array, wanted=True):

@@ -1,14 +1,17 @@
 """Training batches: a deterministic Grain pipeline over the slices (or patches) of a data set."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
-from scipy import ndimage
 
+from medsynth_jax.data import augment as augmentation
 from medsynth_jax.data import draws, fusion
-from medsynth_jax.data.dataset import Info, Store
+from medsynth_jax.data.augment import Augment, Misplaced, Pose
+from medsynth_jax.data.dataset import Case, Info, Store
 from medsynth_jax.data.examples import (
   BACKGROUND,
   Task,
@@ -16,6 +19,9 @@ from medsynth_jax.data.examples import (
   case_source,
   case_target,
   case_valid,
+  directions,
+  has_sources,
+  in_plane,
   neighbours,
   single_images,
   stack_context,
@@ -24,110 +30,140 @@ from medsynth_jax.data.examples import (
 from medsynth_jax.errors import UserError
 
 
+def told(info: Info, task: Task, drawn: Iterable[str]) -> list[str]:
+  """What a user has to know of the training cases that are not whole; `drawn` are the `draw`s."""
+  train, source = info.split("train"), task.direction
+  if task.any_source:
+    have = [sum(m in c.images for m in task.targets) for c in train]
+    lines = {f"have one of {', '.join(task.targets)} only: they train the unpaired losses": 1,
+             f"are skipped: they have none of {', '.join(task.targets)}": 0}
+    return [f"{have.count(n)} training cases {text}" for text, n in lines.items() if n in have]
+  if set(drawn) == {"unpaired"}:
+    counts = {source: sum(has_sources(c, task) for c in train),
+              **{t: sum(t in c.images for c in train) for t in task.targets}}
+    return [f"unpaired: {n} of {len(train)} training cases have {name}"
+            for name, n in counts.items() if n < len(train)]
+  lacking = {t: sum(not usable(c, task, t) for c in train) for t in task.targets}
+  return [f"{n} training cases are skipped: they lack {source} or {t}"
+          for t, n in lacking.items() if n]
+
+
 @dataclasses.dataclass(frozen=True)
-class Augment:
-  """Random in-plane transforms, one draw for all modalities of an example, and source intensities.
+class _Taken:
+  """Slices of a case for one example: `keep` are those that it shows, others lie around them."""
+  case: Case
+  arrays: dict[str, Any]
+  keep: slice
+  pose: Pose
+  misplaced: Misplaced
+  plane: tuple[int, int]
 
-  flip: left-right mirror with probability 1/2; rotate: degrees; shift, scale: shares of the size;
-  zoom: fixed magnification (1.117 with shift 0.058 is pix2pix's 286 -> random crop 256);
-  misalign: level n of a simulated misalignment, drawn for source and target apart (RegGAN).
-  gamma, contrast: the source's share u of its range becomes c u^g, with log g in -+gamma and c in
-  1 -+ contrast; background stays. Scanners differ like that where a modality has no units.
-  """
-  flip: bool = False
-  rotate: float = 0.0
-  shift: float = 0.0
-  scale: float = 0.0
-  zoom: float = 1.0
-  gamma: float = 0.0
-  contrast: float = 0.0
-  misalign: float = 0.0
+  def as_source(self, array: np.ndarray, order: int = 0) -> np.ndarray:
+    """Slices [n, H, W] or [n, H, W, C] where the source's go."""
+    return augmentation.placed(_channelled(array), self.pose, self.misplaced.source, None,
+                               self.plane, order)
 
-
-def make_augment(augment: ConfigDict, misalign: float, info: Info) -> Augment:
-  """The augmentation of a stage; a UserError where a left-right flip has no axis in the slice."""
-  if augment.flip and info.plane == 0:
-    raise UserError("data.augment.flip mirrors left and right, which a sagittal slice does not"
-                    " hold; set it to False")
-  return Augment(**augment.to_dict(), misalign=misalign)
-
-
-def skipped(info: Info, task: Task) -> dict[str, int]:
-  """{target: training cases that cannot be used for it}, to be told to the user."""
-  train = info.split("train")
-  return {t: sum(not usable(c, task, t) for c in train) for t in task.targets}
+  def as_target(self, array: np.ndarray, order: int = 0) -> np.ndarray:
+    """The same of the target: of all slices at hand, those that the example shows."""
+    array, u = _channelled(array), self.misplaced.u
+    deep = u is not None and u.ndim == 4
+    moved = augmentation.placed(array if deep else array[self.keep], self.pose,
+                                self.misplaced.target, u, self.plane, order)
+    return moved[self.keep] if deep else moved
 
 
 class Examples:
   """Turns a row of the training index into one example; a Grain random map."""
 
-  def __init__(self, store: Store, task: Task, augment: Augment, draw: str = "pair"):
-    self.store, self.task, self.augment = store, task, augment
+  def __init__(self, store: Store, task: Task, augment: Augment, draw: str = "pair",
+               exclude_fold: int = -1):
+    self.store, self.task, self.augment, self.draw = store, task, augment, draw
     self.singles = single_images(task, store.info) if draw == "single" else ()
+    pairs = directions(task) if draw == "any" else [(n, n) for n, _ in self.singles]
+    # (the task with the source, the target) of each number of a row
+    self.sides = [(dataclasses.replace(task, sources=(s,)), t) for s, t in pairs] or \
+      [(task, t) for t in task.targets]
     self.subjects = {s: i for i, s in enumerate(sorted({c.subject for c in store.info.cases}))}
+    self.lenders = draws.lenders(store.info, task, exclude_fold) if draw == "unpaired" else ()
 
   def __call__(self, row: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     volume, k, number = (int(x) for x in row)
-    info, task = self.store.info, self.task
-    case = info.cases[volume]
-    count = case.shape[info.plane]
-    deep = len(task.size) == 3
-    if deep:
-      first, depth = _depth_window(k, count, task.size[0], rng)
-      numbers, centre = np.arange(first, first + depth), slice(None)
-    else:
-      numbers, centre = neighbours(k, count, task.context), slice(task.context, task.context + 1)
-    arrays = self.store.slices(case, numbers)
-    sides, source, target, valid = self._images(arrays, case, number)
-    mask = valid & arrays["mask"]
-    if not deep:
-      source = stack_context(source)[None]
-    if sides[0] in task.sources:
-      # from a stream of its own, so that these fields change no other draw
-      source = _recoloured(source, self.augment, rng.spawn(1)[0])
-    target = source if self.singles else target[centre]
-    parts = self._augmented(source, target, valid[centre], mask[centre], rng)
-    example = dict(zip(("source", "target", "valid", "mask"), parts, strict=True))
-    if deep:
-      example = {n: _fit_depth(x, task.size[0], n) for n, x in example.items()}
-    else:
-      example = {n: x[0] for n, x in example.items()}
-    return {**example, "source_modality": np.int32(info.index(sides[0])),
-            "target_modality": np.int32(info.index(sides[1])),
-            "subject": np.int32(self.subjects[case.subject]), "volume": np.int32(volume),
-            "slice": np.int32(k), "fold": np.int32(case.fold), "paired": np.float32(1)}
-
-  def _images(self, arrays, case, number):
-    """(source's and target's names), source, target and where they were measured, of a row."""
-    task, info = self.task, self.store.info
+    info, (task, target) = self.store.info, self.sides[number]
+    given = self._take(info.cases[volume], k, rng)
+    lent = self._take(*self._lender(given.case, number, rng), rng) if self.lenders else given
+    parts = {"source": self._source(given, task, number, rng),
+             **self._measured(given, lent, task, target)}
+    there = target in lent.case.images or target == fusion.NAME
     if self.singles:
-      name, channel = self.singles[number]
-      image = case_image(arrays, case, name, channel)
-      return (name, name), image, image, arrays["valid"][name]
-    target = task.targets[number]
-    return ((task.sources[0], target), case_source(arrays, case, task, info),
-            case_target(arrays, case, task, info, target), case_valid(arrays, case, task, target))
+      parts["target"] = parts["source"]
+    elif there:
+      image = case_target(lent.arrays, lent.case, task, info, target)
+      parts["target"] = lent.as_target(image, 1)
+    else:
+      parts["target"] = np.full((*parts["valid"].shape[:-1], 1), BACKGROUND, np.float32)
+    deep = len(self.task.size) == 3
+    example = {n: _fit_depth(x, self.task.size[0], n) if deep else x[0] for n, x in parts.items()}
+    return {**example, "source_modality": np.int32(info.index(task.sources[0])),
+            "target_modality": np.int32(info.index(target)),
+            "subject": np.int32(self.subjects[given.case.subject]), "volume": np.int32(volume),
+            "slice": np.int32(k), "fold": np.int32(given.case.fold),
+            "paired": np.float32(there and lent is given)}
 
-  def _augmented(self, source, target, valid, mask, rng):
-    """Warps, mirrors, crops: [n, H, W, ...] -> [n, *in-plane size, C], one draw for all."""
-    a, plane = self.augment, self.task.size[-2:]
-    flip = a.flip and rng.random() < 0.5
-    shared = _transform(rng, a.rotate, a.shift, a.scale, a.zoom, source.shape[1:3])
-    sides = [_transform(rng, a.misalign, 0.02 * a.misalign, 0.02 * a.misalign, 1.0,
-                        source.shape[1:3]) for _ in range(2)]
-    corner = tuple(int(rng.integers(0, max(0, n - m) + 1))
-                   for n, m in zip(source.shape[1:3], plane, strict=True))
-    parts = []
-    for array, side, order in ((source, 0, 1), (target, 1, 1), (valid, None, 0), (mask, None, 0)):
-      array = array if array.ndim == 4 else array[..., None].astype(np.float32)
-      if side is None:  # measured where both sides are: the target's warp, then the source's
-        warped = np.minimum(_warp(array, shared @ sides[0], 0), _warp(array, shared @ sides[1], 0))
-      else:
-        warped = _warp(array, shared @ sides[side], order)
-      if flip:
-        warped = warped[:, ::-1]
-      parts.append(_window(warped, corner, plane, 0.0 if side is None else BACKGROUND))
-    return parts
+  def _take(self, case: Case, k: int, rng: np.random.Generator) -> _Taken:
+    """The slices of a case around slice k, and where they go."""
+    info, task, plane = self.store.info, self.task, in_plane(case, self.store.info)
+    deep, count, spacing = len(task.size) == 3, case.shape[info.plane], info.spacing_of(case)
+    first, depth = _depth_window(k, count, task.size[0], rng) if deep else (k, 1)
+    misplaced = augmentation.misplaced(
+      self.augment, case.volume, (count, *plane) if deep else plane,
+      spacing if deep else spacing[1:], rng)
+    numbers, keep = neighbours(k, count, task.context), slice(task.context, task.context + 1)
+    if deep:
+      u = misplaced.u
+      reach = 0 if u is None else int(np.ceil(np.abs(u[..., 0]).max()))
+      numbers = np.arange(max(0, first - reach), min(count, first + depth + reach))
+      keep = slice(first - numbers[0], first - numbers[0] + depth)
+      misplaced = dataclasses.replace(misplaced, u=None if u is None else u[numbers])
+    pose = augmentation.draw_pose(self.augment, plane, task.size[-2:], rng)
+    return _Taken(case, self.store.slices(case, numbers), keep, pose, misplaced, task.size[-2:])
+
+  def _lender(self, case: Case, number: int, rng: np.random.Generator) -> tuple[Case, int]:
+    """(case of another subject, slice) for the target."""
+    cases, rows = self.store.info.cases, self.lenders[number]
+    own = [c.volume for c in cases if c.subject == case.subject]
+    others = np.flatnonzero(~np.isin(rows[:, 0], own))
+    volume, k = rows[others[rng.integers(len(others))]]
+    return cases[volume], int(k)
+
+  def _source(self, given: _Taken, task: Task, number: int, rng) -> np.ndarray:
+    if self.singles:
+      source = case_image(given.arrays, given.case, *self.singles[number])
+    else:
+      source = case_source(given.arrays, given.case, task, self.store.info)
+    deep = len(task.size) == 3
+    source = source[given.keep] if deep else stack_context(source)[None]
+    if task.sources[0] in self.task.sources:
+      # from a stream of its own, so that these fields change no other draw
+      source = augmentation.recoloured(source, self.augment, rng.spawn(1)[0])
+    return given.as_source(source, 1)
+
+  def _measured(self, given: _Taken, lent: _Taken, task: Task, target: str
+                ) -> dict[str, np.ndarray]:
+    """`valid`, `target_valid` and `mask` of an example."""
+    if lent is not given:
+      valid = case_valid(given.arrays, given.case, task, task.sources[0])[given.keep]
+      body = valid & given.arrays["mask"][given.keep]
+      return {"valid": given.as_source(valid), "mask": given.as_source(body),
+              "target_valid": lent.as_target(lent.arrays["valid"][target])}
+    valid = case_valid(given.arrays, given.case, task, target)
+    def both(mask):  # measured where both sides are
+      return np.minimum(given.as_source(mask[given.keep]), given.as_target(mask))
+    measured = both(valid)
+    return {"valid": measured, "target_valid": measured, "mask": both(valid & given.arrays["mask"])}
+
+
+def _channelled(array: np.ndarray) -> np.ndarray:
+  return array if array.ndim == 4 else array[..., None].astype(np.float32)
 
 
 def _depth_window(k: int, count: int, depth: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -144,62 +180,14 @@ def _fit_depth(array: np.ndarray, depth: int, name: str) -> np.ndarray:
   return np.pad(array, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=fill)
 
 
-def _transform(rng, rotate: float, shift: float, scale: float, zoom: float, shape) -> np.ndarray:
-  """A random 3x3 map from output to input pixels about the slice's centre.
-
-  Always takes the same four numbers from `rng`, so that a field changes no other draw.
-  """
-  angle, zoom_by, *moved = rng.uniform(-1, 1, 4)
-  angle, factor = np.deg2rad(rotate * angle), zoom * (1 + scale * zoom_by)
-  linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
-  centre = (np.array(shape) - 1) / 2
-  matrix = np.eye(3)
-  matrix[:2, :2] = linear
-  matrix[:2, 2] = centre - linear @ centre - shift * np.array(moved) * np.array(shape)
-  return matrix
-
-
-def _recoloured(source: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
-  """The source with another gamma and contrast; -1 stays -1."""
-  if not (augment.gamma or augment.contrast):
-    return source
-  power, factor = rng.uniform(-1, 1, 2)
-  share = np.clip((source + 1) / 2, 0, 1) ** np.exp(augment.gamma * power)
-  share = np.clip(share * (1 + augment.contrast * factor), 0, 1)
-  return (2 * share - 1).astype(np.float32)
-
-
-def _warp(array: np.ndarray, matrix: np.ndarray, order: int) -> np.ndarray:
-  """Every slice and channel of [n, H, W, C] through one in-plane map; outside: background."""
-  if np.array_equal(matrix, np.eye(3)):
-    return array
-  fill = BACKGROUND if order else 0.0
-  out = np.empty_like(array)
-  for n in range(array.shape[0]):
-    for c in range(array.shape[-1]):
-      ndimage.affine_transform(array[n, ..., c], matrix[:2, :2], matrix[:2, 2], order=order,
-                               cval=fill, output=out[n, ..., c])
-  return out
-
-
-def _window(array: np.ndarray, corner, plane, fill: float) -> np.ndarray:
-  """Crops [n, H, W, C] at `corner`, or pads about the centre, to the in-plane size."""
-  (i, j), (h, w) = corner, plane
-  array = array[:, i:i + h, j:j + w]
-  pads = [((m - n) // 2, m - n - (m - n) // 2)
-          for n, m in zip(array.shape[1:3], plane, strict=True)]
-  if any(a or b for a, b in pads):
-    array = np.pad(array, ((0, 0), *pads, (0, 0)), constant_values=fill)
-  return np.ascontiguousarray(array)
-
-
 def training(store: Store, task: Task, augment: Augment, section: ConfigDict, config: ConfigDict,
              stage: int, process: int = 0, processes: int = 1) -> grain.IterDataset:
   """An endless, checkpointable iterator of this process's share of the training batches.
 
   Slicing by process comes after shuffling and repeating, so that global batch k is the same set of
   examples for any number of processes. With `section.balance` every cell (see `draws.cells`) gives
-  one example to each run of as many examples as there are cells, in random order.
+  one example to each run of as many examples as there are cells, in random order; so does every
+  direction of draw "any".
 
   Raises:
     UserError: nothing to train on, a bad `draw`, `balance` or fold, a recoloured source below a
@@ -213,8 +201,9 @@ def training(store: Store, task: Task, augment: Augment, section: ConfigDict, co
     raise UserError(f"batch_size={section.batch_size} does not divide over {processes} processes")
   index = draws.training_index(store.info, task, section.exclude_fold, section.draw)
   seed = config.seed + stage
-  rows = _mixed(draws.cells(store.info, index, section.get("balance", "")), seed)
-  examples = rows.random_map(Examples(store, task, augment, section.draw))
+  balance = section.get("balance", "") or ("category" if section.draw == "any" else "")
+  rows = _mixed(draws.cells(store.info, index, balance), seed)
+  examples = rows.random_map(Examples(store, task, augment, section.draw, section.exclude_fold))
   # without drop_remainder Grain rounds the endless length up, beyond what len() may return at 1
   batches = examples[process::processes].batch(section.batch_size // processes,
                                                drop_remainder=True)
@@ -240,7 +229,8 @@ def example_batch(task: Task, info: Info, draw: str = "pair") -> dict[str, np.nd
   space = (1, *task.size)
   single = draw == "single"
   images = {"source": 1 if single else task.channels(info),
-            "target": 1 if single else task.target_channels, "valid": 1, "mask": 1}
+            "target": 1 if single else task.target_channels,
+            "valid": 1, "target_valid": 1, "mask": 1}
   numbers = ("source_modality", "target_modality", "subject", "volume", "slice", "fold")
   return {**{n: np.zeros((*space, c), np.float32) for n, c in images.items()},
           **{n: np.zeros(1, np.int32) for n in numbers}, "paired": np.zeros(1, np.float32)}
