@@ -5,10 +5,12 @@ has to be closer to the CT than the image of code t2 is.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from medsynth_jax.layout import aligned, number
 
 CONSTANT = "constant"  # the floor's row, beside the codes
 
@@ -63,3 +65,31 @@ class Switch:
       f"code {t}: closer to its own target than the image of"
       + ",".join(f" code {c} is: {word[self.closer(t, c)]}" for c in self.codes if c != t),
       f"beats {CONSTANT}: {word[self.closer(t, CONSTANT)]}"]) for t in self.targets]
+
+
+def lines(stage: str, switches: Mapping[str, Switch]) -> list[str]:
+  """What is printed of a stage, from {source: its switch}; of several sources in short."""
+  pairs = [(source, target) for source, s in switches.items() for target in s.targets]
+  codes = {c for s in switches.values() for c in s.codes}
+  codes = list(dict.fromkeys((*(s for s in switches if s in codes),
+                              *(c for s in switches.values() for c in s.codes))))
+  several = len(switches) > 1
+  def cells(source, target):
+    own = switches[source]
+    means = [number(own.mean(target, c)) if (target, c) in own.errors else "-"
+             for c in (*codes, CONSTANT)]
+    return [f"{source}->{target}" if several else target, *means, str(own.count(target))]
+  heads = ["direction" if several else "target", *(f"code {c}" for c in codes), CONSTANT, "n"]
+  found = [
+    f"Code switch of {stage}: masked MAE in model units (range 1) of the image of each code,"
+    " against each target of the same cases; mean over subjects:",
+    *aligned([heads, *(cells(*pair) for pair in pairs)])]
+  if not several:
+    return found + [line for s in switches.values() for line in s.verdicts()]
+  def lost(beaten):
+    names = [f"{s}->{t}" for s, t in pairs if not beaten(switches[s], t)]
+    return f"{len(pairs) - len(names)} of {len(pairs)} directions" \
+      + (f" (not in {', '.join(names)})" if names else "")
+  closest = lost(lambda s, t: all(s.closer(t, c) for c in s.codes if c != t))
+  return [*found, f"The image of its own code is the closest to the target in {closest}; it beats"
+          f" {CONSTANT} in {lost(lambda s, t: s.closer(t, CONSTANT))}."]

@@ -76,7 +76,10 @@ def base(**fields) -> ConfigDict:
     # samples: evaluation scores their mean; noise: drawn for each "slice", or once a "volume"
     "synthesis": {"batch_size": 8, "overlap": 0.25, "mirror": False, "samples": 1,
                   "noise": "slice"},
-    "evaluation": {"ssim": "wang", "panels": 2, "s3": False},  # s3: also S3's metrics, of MR
+    # s3: also S3's metrics, of MR; displace: mean mm of the known displacement by which a stage's
+    # flow is measured; lumen: a region (column mask_<region>) of CT in which vessels are found
+    "evaluation": {"ssim": "wang", "panels": 2, "s3": False, "displace": 4.0, "lumen": "",
+                   "lumen_hu": 150.0},  # brighter than this
     **fields})
 
 
@@ -158,7 +161,8 @@ RANGES = {
   "validate_every": (1, None), "validation_slices": (1, None), "mesh.fsdp": (1, None),
   "data.context": (0, None), "data.threads": (0, None), "data.prefetch": (1, None),
   "data.augment.zoom": (1e-3, None), "synthesis.batch_size": (1, None),
-  "synthesis.overlap": (0, 0.95), "evaluation.panels": (0, None), "optim.accumulate": (1, None),
+  "synthesis.overlap": (0, 0.95), "evaluation.panels": (0, None),
+  "evaluation.displace": (0.1, None), "optim.accumulate": (1, None),
   "synthesis.samples": (1, None), "n_critic": (1, None), "pool": (1, None),
   "displace": (0, None), "misalign": (0, None), "folds": (0, None), "code_dropout": (0, 0.99),
   "guidance": (0, None), "start_at": (0.01, 1), "sampler.steps": (1, None),

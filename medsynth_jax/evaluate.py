@@ -1,14 +1,15 @@
 """Scores of a run on held-out subjects, beside the floor that it must beat.
 
 python -m medsynth_jax.evaluate --workdir=RUN [--data=DATA] [--checkpoint=latest] [--split=test]
-    [--samples=8] [--batch_size=4] [--s3]
+    [--samples=8] [--batch_size=4] [--s3] [--lumen=vessel]
 
 Writes RUN/evaluation/: per_subject.csv, summary.json, table.txt, panels/*.png, with --s3 the NIQE
-models niqe_<target>.npz. RUN is not changed otherwise; another split goes to
-RUN/evaluation_<split>/.
+models niqe_<target>.npz, with data.source=any matrix.png of all directions. RUN is not changed
+otherwise; another split goes to RUN/evaluation_<split>/.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from medsynth_jax import floors, panels, report, run, sharding, timing
+from medsynth_jax import floors, matrix, panels, report, run, sharding, timing
 from medsynth_jax.code_switch import CONSTANT, Switch
 from medsynth_jax.data import fusion
 from medsynth_jax.data.dataset import CEILING, SPLITS, Case, Store
@@ -28,9 +29,10 @@ from medsynth_jax.errors import UserError
 from medsynth_jax.maker import Maker, count, samples
 from medsynth_jax.metrics import uptake
 from medsynth_jax.metrics.volume import slice_scores
+from medsynth_jax.registered import Registration, known, measure
 from medsynth_jax.results import Results, write
 from medsynth_jax.run import Run
-from medsynth_jax.scorer import Scorer, Volume
+from medsynth_jax.scorer import Scorer, Volume, lumen_of
 from medsynth_jax.scoring import ssim_name
 
 
@@ -48,26 +50,38 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
     UserError: another data set, no subject with both sides, an empty mask, no checkpoint.
   """
   _same_data(here, store)
-  targets = scored_cases(here, split)
-  scorer = Scorer(here, store, targets)
+  lumen, s3 = lumen_of(here), {}
+  works = [_part(Scorer(view, store, targets, lumen, s3), targets, split, which)
+           for view, targets in scored_cases(here, split)]
+  parts = [work.results for work in works]
+  text = report.table(parts)
+  all_of = matrix.make(parts, here.task, split) if here.task.any_source else None
+  if all_of:
+    text = f"{all_of.text()}\n\n{text}"
+  else:
+    absent = [parts[0].direction(t) for t in here.task.targets if t not in parts[0].scales]
+    text = "\n".join([text, *(f"\n{d}: not scored, no {split} subject has both" for d in absent)])
+  if sharding.is_first():
+    _write(here, works, text, all_of)
+  return text
+
+
+def _part(scorer: Scorer, targets: Mapping[str, list[Case]], split: str, which: str) -> "_Work":
+  """Scores all rows of a run of one source (or of several at once)."""
+  here = scorer.run
   results = Results(here.config, here.info, here.task.direction, split, which, scorer.scales,
-                    scorer.protocols, scorer.rendered, s3=scorer.s3)
+                    scorer.protocols, scorer.rendered, scorer.lumen, scorer.s3)
   work = _Work(scorer, results, {t: _baselines(scorer, t, c, results) for t, c in targets.items()})
   stages = [s for s, m in here.methods.items()
             if m.synthesize and here.sections[s].exclude_fold < 0]
-  with tqdm(total=sum(_total(here, s, targets) for s in stages), desc="evaluate", unit="image",
-            disable=not sharding.is_first()) as bar:
+  with tqdm(total=sum(_total(here, s, targets) for s in stages), unit="image",
+            desc=f"evaluate {here.task.direction}", disable=not sharding.is_first()) as bar:
     for stage in stages:
       _stage(work, stage, targets, bar.update)
   for stage, section in here.sections.items():
     found = timing.trained(here.folder / stage, section.batch_size)
     results.training |= {stage: found} if found else {}
-  absent = [results.direction(t) for t in here.task.targets if t not in targets]
-  text = "\n".join([report.table(results), *(
-    f"\n{direction}: not scored, no {split} subject has both" for direction in absent)])
-  if sharding.is_first():
-    _write(here, results, text, work.pictures)
-  return text
+  return work
 
 
 def _same_data(here: Run, store: Store) -> None:
@@ -76,19 +90,24 @@ def _same_data(here: Run, store: Store) -> None:
                     " hashes differ); give that one by --data=DATA")
 
 
-def scored_cases(here: Run, split: str) -> dict[str, list[Case]]:
-  """{target: cases of the split that have it and the sources}, without targets nobody has.
+def scored_cases(here: Run, split: str) -> list[tuple[Run, dict[str, list[Case]]]]:
+  """[(run of a source, {target: cases of the split that have both})], without those nobody has.
 
   Raises:
-    UserError: there is none.
+    UserError: there is none, or `evaluation.lumen` asks for what is not there.
   """
-  found = {t: [c for c in here.info.split(split) if usable(c, here.task, t)]
-           for t in here.task.targets}
-  if not any(found.values()):
-    raise UserError(f"no {split} subject has {here.task.direction} and"
-                    f" {' or '.join(here.task.targets)}; prepare the data set with such a subject"
+  lumen_of(here)
+  found = []
+  for view in here.views():
+    targets = {t: [c for c in here.info.split(split) if usable(c, view.task, t)]
+               for t in view.task.targets}
+    found.append((view, {t: cases for t, cases in targets.items() if cases}))
+  if not any(targets for _, targets in found):
+    sides = (f"two of {', '.join(here.task.targets)}" if here.task.any_source else
+             f"{here.task.direction} and {' or '.join(here.task.targets)}")
+    raise UserError(f"no {split} subject has {sides}; prepare the data set with such a subject"
                     " in that split, or choose another --split")
-  return {t: cases for t, cases in found.items() if cases}
+  return [(view, targets) for view, targets in found if targets]
 
 
 @dataclasses.dataclass
@@ -96,23 +115,18 @@ class _Work:
   """What the parts of an evaluation share."""
   scorer: Scorer
   results: Results
-  floor: Mapping[str, floors.Fitted]
+  floor: Mapping[str, floors.Fitted | floors.Constant]
   pictures: dict[tuple[str, str], list[panels.Picture]] = dataclasses.field(default_factory=dict)
 
 
 # --- rows without a network ------------------------------------------------------------------
 
 
-def _baselines(scorer: Scorer, target: str, cases: list[Case], results: Results) -> floors.Fitted:
+def _baselines(scorer: Scorer, target: str, cases: list[Case], results: Results
+               ) -> floors.Fitted | floors.Constant:
   """Adds the floor's rows and the ceiling's; returns the floor."""
   info, task = scorer.info, scorer.task
-  training = tqdm([c for c in info.split("train") if usable(c, task, target)], desc="floor",
-                  unit="case", disable=not sharding.is_first())
-  floor = floors.fit(
-    ((v.source, v.reference, v.mask, info.spacing_of(v.case))
-     for v in (scorer.load(case, target) for case in training)),
-    channels=task.channels(info) // (2 * task.context + 1), common_grid=info.anatomical,
-    direction=results.direction(target))
+  floor = scorer.floor(target)
   results.floor[target] = floor.channel
   ceiling = floors.has_ceiling(info, task, target, cases)
   for case in cases:
@@ -156,6 +170,8 @@ def _stage(work: _Work, stage: str, targets: Mapping[str, list[Case]],
         volume, code, scorer.truth(volume) if here.methods[stage].sees_target else None)
     for target, volume in volumes.items():
       _score(work, stage, volume, made[target][0])
+      if here.methods[stage].flow:
+        _register(work, maker, volume, made[target][1])
       if switch:
         _compare(work, switch, volume, {code: model for code, (_, model) in made.items()})
   results.stages[stage] = maker.row()
@@ -194,6 +210,18 @@ def _score(work: _Work, stage: str, volume: Volume, image: np.ndarray) -> None:
     _score(work, stage, volume.fused, _rendered(scorer, volume, stage, image)[1])
 
 
+def _register(work: _Work, maker: Maker, volume: Volume, image: np.ndarray) -> None:
+  """Measures a stage's flow to a displaced target, and how far its image is shifted."""
+  scorer, case, here = work.scorer, volume.case, work.scorer.run
+  mm = here.config.evaluation.get("displace", 4.0)
+  found = work.results.registrations.setdefault((volume.target, maker.stage), Registration(mm))
+  if len(here.task.size) == 2:
+    spacing = here.info.spacing_of(case)[1:]
+    u = known(volume.mask.shape[1:], spacing, mm, here.config.seed, case.volume)
+    found.add(case.subject, measure(scorer.truth(volume), image, volume.mask, spacing, u,
+                                    functools.partial(maker.flow, volume, volume.target)))
+
+
 def _compare(work: _Work, switch: Switch, volume: Volume, made: Mapping[str, np.ndarray]) -> None:
   """Compares the image of every code, in model units, with a target of the case."""
   scale, truth = work.scorer.scales[volume.target], work.scorer.truth(volume)[..., 0]
@@ -213,20 +241,25 @@ def _total(here: Run, stage: str, targets: Mapping[str, list[Case]]) -> int:
 # --- files and command -----------------------------------------------------------------------
 
 
-def _write(here: Run, results: Results, text: str, pictures) -> None:
+def _write(here: Run, works: list[_Work], text: str, all_of: matrix.Matrix | None) -> None:
   """Puts all files in place at once; those of an earlier evaluation go."""
-  name = "evaluation" if results.split == "test" else f"evaluation_{results.split}"
+  parts = [work.results for work in works]
+  name = "evaluation" if parts[0].split == "test" else f"evaluation_{parts[0].split}"
   folder = here.folder / name
   partial, old = (here.folder / f".{name}.{end}" for end in ("partial", "old"))
   for leftover in (partial, old):
     shutil.rmtree(leftover, ignore_errors=True)
   (partial / "panels").mkdir(parents=True)
-  write(results, partial)
+  write(parts, partial, {"matrix": all_of.described()} if all_of else {})
   (partial / "table.txt").write_text(text + "\n")
-  for (target, row), shots in pictures.items():
-    panels.write(partial / "panels", shots, row=row, subjects=results.subjects(target, row),
-                 direction=results.direction(target), unit=results.scales[target].unit,
-                 simulated=here.info.simulated, count=here.config.evaluation.panels)
+  if all_of:
+    all_of.draw(partial / "matrix.png")
+  for work in works:
+    results = work.results
+    for (target, row), shots in work.pictures.items():
+      panels.write(partial / "panels", shots, row=row, subjects=results.subjects(target, row),
+                   direction=results.direction(target), unit=results.scales[target].unit,
+                   simulated=here.info.simulated, count=here.config.evaluation.panels)
   if folder.exists():
     os.replace(folder, old)
   os.replace(partial, folder)
@@ -254,7 +287,7 @@ def main(argv: list[str]) -> None:
   if _WORKDIR.value is None:
     raise UserError("give --workdir=RUN")
   asked = {"synthesis.samples": _SAMPLES.value, "synthesis.batch_size": _BATCH_SIZE.value,
-           "evaluation.s3": _S3.value}
+           "evaluation.s3": _S3.value, "evaluation.lumen": _LUMEN.value}
   changes = {field: value for field, value in asked.items() if value is not None}
   here = run.open_run(_WORKDIR.value, changes)
   print(evaluate(here, open_data(here, _DATA.value), which=_CHECKPOINT.value, split=_SPLIT.value))
@@ -269,4 +302,5 @@ if __name__ == "__main__":
   _SAMPLES = flags.DEFINE_integer("samples", None, "Score the mean of so many samples.")
   _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Slices made at once.")
   _S3 = flags.DEFINE_bool("s3", None, "Also S3's metrics of MR targets (VIF, NIQE).")
+  _LUMEN = flags.DEFINE_string("lumen", None, "Region in which a CT's lumen is found.")
   cli.run(main)

@@ -37,6 +37,32 @@ class Fitted:
     return rows[0] if len(rows) == 1 else {r: np.stack([x[r] for x in rows], -1) for r in rows[0]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """The floor of a direction that no training subject has both sides of: the target's mean, in the
+  unit of scores."""
+  constant: float
+  channel: None = None
+
+  def predict(self, source: np.ndarray, spacing) -> dict[str, np.ndarray]:
+    """{"constant": image [n, H, W]}."""
+    del spacing
+    return {"constant": np.full(source.shape[:3], self.constant, np.float32)}
+
+
+def mean(volumes: Iterable[np.ndarray], direction: str) -> Constant:
+  """The mean of the training targets' voxels; `volumes` are those in the mask, in float64.
+
+  Raises:
+    UserError: there are none.
+  """
+  sums = np.sum([(v.sum(), v.size) for v in volumes] or [(0, 0)], 0)
+  if not sums[1]:
+    raise UserError(f"{direction}: no training subject shows the target in its mask, so that there"
+                    " is no floor to compare with; prepare the data set with such a subject")
+  return Constant(float(sums[0] / sums[1]))
+
+
 def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction: str) -> Fitted:
   """The floor of the training volumes; its tables read the source channel that tells most.
 

@@ -1,5 +1,6 @@
-"""The images that a trained stage makes of held-out volumes, and the time that they take."""
+"""The images (and flows) that a trained stage makes of held-out volumes, and the time they take."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from medsynth_jax import timing, windows
+from medsynth_jax import sharding, timing, windows
 from medsynth_jax.data.dataset import Case
 from medsynth_jax.results import Stage
 from medsynth_jax.run import Run
@@ -45,20 +46,40 @@ class Maker:
     bound sees.
     """
     here, then, scored, model = self.run, time.perf_counter(), 0.0, 0.0
-    settings, scale = here.config.synthesis, scale_of(here.info.modality(target))
+    scale = scale_of(here.info.modality(target))
     for sample in range(self.samples):
-      with jax.set_mesh(here.mesh):
-        image = windows.synthesise(
-          self.predict, self.state, volume.source, here.task,
-          source_modality=here.info.index(here.task.sources[0]),
-          target_modality=here.info.index(target), key=here.key(self.stage),
-          batch_size=settings.batch_size, overlap=settings.overlap, target=truth, put=here.put,
-          progress=self.progress, sample=sample)
+      image = self._made(self.predict, volume, target, truth, progress=self.progress, sample=sample)
       image = image if scale.colour else image[..., 0]
       scored = scored + scale.prediction(image) / self.samples
       model = model + image / self.samples
     self.times.append((count(here, volume.case), time.perf_counter() - then))
     return scored, model
+
+  def flow(self, volume: Volume, target: str, shown: np.ndarray) -> np.ndarray:
+    """The flow [n, H, W, 2] in pixels from a volume's image to `shown`, a target in model units.
+
+    Slices without a voxel to score hold nothing of use.
+    """
+    numbers = np.flatnonzero(volume.mask.any((1, 2)))
+    return self._made(self._flow, volume, target, shown, numbers=numbers)
+
+  @functools.cached_property
+  def _flow(self) -> Callable:
+    def flow(state, batch, key):
+      del key
+      return self.method.flow(state, batch)
+    return jax.jit(flow, out_shardings=sharding.replicated(self.run.mesh))
+
+  def _made(self, predict: Callable, volume: Volume, target: str, truth: np.ndarray | None,
+            **how: Any) -> np.ndarray:
+    """What a compiled function gives for all windows of a volume, [n, H, W, C]."""
+    here, settings = self.run, self.run.config.synthesis
+    with jax.set_mesh(here.mesh):
+      return windows.synthesise(
+        predict, self.state, volume.source, here.task,
+        source_modality=here.info.index(here.task.sources[0]),
+        target_modality=here.info.index(target), key=here.key(self.stage),
+        batch_size=settings.batch_size, overlap=settings.overlap, target=truth, put=here.put, **how)
 
   def row(self) -> Stage:
     """The stage as a row of the table."""

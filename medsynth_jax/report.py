@@ -3,21 +3,24 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from medsynth_jax import config
-from medsynth_jax.code_switch import CONSTANT
+from medsynth_jax import code_switch, config
+from medsynth_jax.layout import aligned, number
 from medsynth_jax.metrics import s3, uptake
+from medsynth_jax.metrics.lumen import REACH
 from medsynth_jax.metrics.summary import FEWEST, unit_of
 from medsynth_jax.metrics.volume import PAPERS
 from medsynth_jax.results import Results, verdicts
 from medsynth_jax.scoring import Scale, roi_label, ssim_name
 
 
-def table(results: Results) -> str:
-  """The printed tables, with what was measured and how; in the end the code switch and the times.
-  """
-  switches = [_switch(results, stage) for stage in results.switches]
-  return "\n\n".join([*(_direction(results, t) for t in results.scales), *switches,
-                      "\n".join(_times(results))])
+def table(parts: Sequence[Results]) -> str:
+  """The printed tables of an evaluation, whose parts have a source each, with what was measured and
+  how; in the end the code switch and the times."""
+  stages = dict.fromkeys(stage for p in parts for stage in p.switches)
+  switches = [code_switch.lines(stage, {p.source: p.switches[stage] for p in parts
+                                        if stage in p.switches}) for stage in stages]
+  return "\n\n".join([*(_direction(p, t) for p in parts for t in p.scales),
+                      *("\n".join(lines) for lines in (*switches, _times(parts[0])))])
 
 
 def _direction(results: Results, target: str) -> str:
@@ -28,10 +31,12 @@ def _direction(results: Results, target: str) -> str:
   blocks = [
     [_title(results, target)], _grid(results, summary, main, spread=True),
     _in_regions(results, summary, "In regions:", ("mae_{}", "psnr_{}")),
+    _lumen(results, scale, summary),
     *(_uptake(results, target, summary) if scale.uptake else ()),
     _papers(results, summary, scale), _s3(results, target, summary),
-    _caption(results, target, scale, protocols),
-    _verdict_lines(results, target), _groups(results, target), _correlation(results, target)]
+    _caption(results, target, scale, protocols), _verdict_lines(results, target),
+    *(r.lines(stage) for stage, r in results.registered(target).items()),
+    _groups(results, target), _correlation(results, target)]
   return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
@@ -52,7 +57,7 @@ def _grid(results: Results, summary, metrics: Sequence[str], spread: bool = Fals
   """Aligned lines: a heading with units, then a line a row; mean, with `spread` also the SD."""
   body = [[_label(results, row), *(_cell(s.get(m), spread) for m in metrics)]
           for row, s in summary.items()]
-  return _aligned([*_heads(["row"], metrics, next(iter(summary.values()))), *body])
+  return aligned([*_heads(["row"], metrics, next(iter(summary.values()))), *body])
 
 
 def _heads(first: Sequence[str], metrics: Sequence[str], summary) -> list[list[str]]:
@@ -68,6 +73,22 @@ def _in_regions(results: Results, summary, title: str, metrics: Sequence[str]) -
   return [title, *_grid(results, summary, names)] if names else []
 
 
+def _lumen(results: Results, scale: Scale, summary) -> list[str]:
+  """How well a CT shows the lumen of the vessels that a region holds."""
+  if not results.lumen or scale.unit != "HU":
+    return []
+  region, threshold = results.lumen
+  metrics = [f"{m}_{roi_label(region)}" for m in ("dice", "mae")]
+  first = next(iter(summary.values()))
+  own = first.get(f"{metrics[0]}_reference", {"n": 0})
+  if not own["n"]:
+    return [f"Lumen: no subject has the region '{region}'."]
+  title = (f"Lumen of {own['n']} subjects: voxels above {threshold:g} HU in '{region}' or within"
+           f" {REACH} voxels of it, against '{region}' (the reference's own dice:"
+           f" {number(own['mean'])}):")
+  return [title, *_grid(results, summary, metrics, spread=True)]
+
+
 def _uptake(results: Results, target: str, summary) -> list[list[str]]:
   """The blocks of a PET target: errors in SUV of hot voxels and of the maxima and means."""
   lines = [f"Uptake (hot: reference above SUV {uptake.HOT:g}; auc: how well the image tells hot"
@@ -80,10 +101,10 @@ def _uptake(results: Results, target: str, summary) -> list[list[str]]:
   place = summary.get("mean_image", {}).get("auc_hot", {}).get("mean")
   for stage in results.stages:
     own = summary[stage]["auc_hot"]["mean"]
-    beside = f"{_number(place)} of mean_image" if place is not None else \
+    beside = f"{number(place)} of mean_image" if place is not None else \
       "no mean_image (grids differ, or no hot voxel)"
     if own is not None:
-      lines.append(f"{stage} tells hot voxels with AUC {_number(own)}, beside {beside}.")
+      lines.append(f"{stage} tells hot voxels with AUC {number(own)}, beside {beside}.")
   return [lines, _in_regions(results, summary, "Bias in regions:",
                              ("suvmax_bias_{}", "suvmean_bias_{}"))]
 
@@ -120,7 +141,7 @@ def _groups(results: Results, target: str) -> list[str]:
   body = [[_label(results, row), group or "-", str(scores[metrics[0]]["n"]),
            *(_cell(scores[m], True) for m in metrics)]
           for row, cells in found.items() for group, scores in cells.items()]
-  return ["By group (scanner or site):", *_aligned([*heads, *body])]
+  return ["By group (scanner or site):", *aligned([*heads, *body])]
 
 
 def _correlation(results: Results, target: str) -> list[str]:
@@ -136,7 +157,7 @@ def _correlation(results: Results, target: str) -> list[str]:
   lines = ["Correlation of a slice's scores with its measured uptake (Spearman's rho of a subject's"
            f" slices, mean over subjects; {count} slices, each with {uptake.LEAST} mask voxels or"
            " more):",
-           *_aligned([["row", "metric", *names], *body])]
+           *aligned([["row", "metric", *names], *body])]
   return [*lines, "At a fixed range PSNR falls exactly when MSE rises: rho(PSNR) = -rho(MSE). Each"
           " subject's own, and Pearson's: uptake_correlation in summary.json."]
 
@@ -163,19 +184,8 @@ def _label(results: Results, row: str) -> str:
 def _cell(entry: Mapping[str, Any] | None, spread: bool) -> str:
   if not entry or entry["mean"] is None:
     return "-"
-  sd = f" ± {_number(entry['sd'])}" if spread and entry["sd"] is not None else ""
-  return _number(entry["mean"]) + sd
-
-
-def _number(x: float) -> str:
-  return f"{x:.2f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-  widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-  return ["  ".join([line[0].ljust(widths[0])]
-                    + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]).rstrip()
-          for line in cells]
+  sd = f" ± {number(entry['sd'])}" if spread and entry["sd"] is not None else ""
+  return number(entry["mean"]) + sd
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -196,6 +206,8 @@ def _caption(results: Results, target: str, scale: Scale, protocols: Iterable[st
     f"Checkpoints ({results.which}): {steps or 'none'}."]
   if results.count(target) < FEWEST:
     lines.append(f"Fewer than {FEWEST} subjects: no confidence interval.")
+  if "lut" not in results.summary(target):
+    lines.append("No training subject has both: the floor has no look-up tables and no mean image.")
   return lines
 
 
@@ -203,37 +215,24 @@ def _verdict_lines(results: Results, target: str) -> list[str]:
   lines = []
   for stage, found in verdicts(results, target).items():
     word = {True: "yes", False: "no", None: "cannot be said (no PSNR or no SSIM)"}[found.above]
-    parts = [f"{m.upper()} {_number(own)} vs {_number(top)} of {row}"
+    parts = [f"{m.upper()} {number(own)} vs {number(top)} of {row}"
              for m, (own, row, top) in found.best.items()]
     lines.append(f"{stage} above the floor: {word}" + (f" ({', '.join(parts)})" if parts else ""))
   return lines
 
 
-def _switch(results: Results, stage: str) -> str:
-  """Each code's image against each target."""
-  switch = results.switches[stage]
-  columns = (*switch.codes, CONSTANT)
-  heads = ["target", *(f"code {c}" for c in switch.codes), CONSTANT, "n"]
-  body = [[t, *(_number(switch.mean(t, c)) for c in columns), str(switch.count(t))]
-          for t in switch.targets]
-  return "\n".join([
-    f"Code switch of {stage}: masked MAE in model units (range 1) of the image of each code,"
-    " against each target of the same cases; mean over subjects:",
-    *_aligned([heads, *body]), *switch.verdicts()])
-
-
 def _times(results: Results) -> list[str]:
-  """How long images and training took."""
+  """How long images (of all directions alike) and training took."""
   unit = "patch" if len(config.sizes(results.config.data.size)) == 3 else "slice"
   lines = []
   for name, stage in results.stages.items():
     speed, several = stage.speed, stage.samples > 1
-    parts = [f"{_number(speed.window)} s a {unit}{' and sample' if several else ''}",
-             f"{_number(speed.volume)} s a volume"
+    parts = [f"{number(speed.window)} s a {unit}{' and sample' if several else ''}",
+             f"{number(speed.volume)} s a volume"
              + (f" of {stage.samples} samples" if several else "")]
-    parts.append(f"compiled in {_number(speed.compiling)} s")
+    parts.append(f"compiled in {number(speed.compiling)} s")
     lines.append(f"Synthesis by {name}: {', '.join(parts)}.")
-  times = ", ".join(f"{name} {_number(seconds / 60)} min ({steps} steps)"
+  times = ", ".join(f"{name} {number(seconds / 60)} min ({steps} steps)"
                     for name, (steps, seconds) in results.training.items())
   return [*lines, *([f"Trained: {times}; without compiling, validating and saving."]
                     if times else [])]

@@ -1,5 +1,7 @@
 """What an evaluation found: scores by row and direction, verdicts, per_subject.csv, summary.json.
 
+An evaluation has a part for each source, one in all runs but those with data.source=any.
+
 summary.json holds strict JSON: a number that cannot be computed is null, an infinite one (the PSNR
 of two equal images) the string "inf".
 """
@@ -8,7 +10,7 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from medsynth_jax.code_switch import Switch
 from medsynth_jax.data.dataset import Case, Info
 from medsynth_jax.metrics import niqe, uptake
 from medsynth_jax.metrics.baselines import BLUR_MM
+from medsynth_jax.metrics.lumen import REACH
 from medsynth_jax.metrics.summary import aggregate, per_subject
+from medsynth_jax.registered import Registration
 from medsynth_jax.s3_scorer import S3Scorer
 from medsynth_jax.scoring import Scale, ssim_name
 from medsynth_jax.timing import Speed
@@ -43,9 +47,10 @@ class Stage:
 class Results:
   """Scores of every row of every direction, volume by volume.
 
-  A direction is named by its target; `rendered` says that "fusion" was rendered from synthetic PET.
-  `floor` is the source channel that each target's look-up tables read, `volumes` are (subject,
-  group, scores), `slices` {subject: {metric: values of its slices}}, `training` (steps, seconds).
+  A direction is named by its target; `rendered` says that "fusion" was rendered from synthetic PET,
+  `lumen` is the region and the HU of vessels. `floor` is the source channel that each target's
+  look-up tables read, `volumes` are (subject, group, scores, case), `slices` {subject: {metric:
+  values of its slices}}, `training` (steps, seconds).
   """
   config: ConfigDict
   info: Info
@@ -55,19 +60,22 @@ class Results:
   scales: Mapping[str, Scale]
   protocols: Mapping[str, Sequence[str]]
   rendered: bool = False
+  lumen: tuple[str, float] | None = None
   s3: Mapping[str, S3Scorer] = dataclasses.field(default_factory=dict)
   stages: dict[str, Stage] = dataclasses.field(default_factory=dict)
-  floor: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
+  floor: dict[str, int | list[int] | None] = dataclasses.field(default_factory=dict)
   volumes: dict[tuple[str, str], list] = dataclasses.field(default_factory=dict)
   slices: dict[tuple[str, str], dict] = dataclasses.field(default_factory=dict)
   switches: dict[str, Switch] = dataclasses.field(default_factory=dict)
+  registrations: dict[tuple[str, str], Registration] = dataclasses.field(default_factory=dict)
   training: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
   _summaries: dict[str, dict] = dataclasses.field(default_factory=dict)
 
   def add(self, target: str, row: str, case: Case, scores: Mapping[str, float]) -> None:
     """Adds the scores of one volume."""
     self._summaries.pop(target, None)
-    self.volumes.setdefault((target, row), []).append((case.subject, case.group, scores))
+    self.volumes.setdefault((target, row), []).append(
+      (case.subject, case.group, scores, case.name))
 
   def add_slices(self, target: str, row: str, case: Case,
                  scores: Mapping[str, np.ndarray]) -> None:
@@ -86,11 +94,11 @@ class Results:
     order = (*FLOOR, *self.stages, "ceiling")
     return [row for row in order if (target, row) in self.volumes]
 
-  def subjects(self, target: str, row: str, group: str | None = None
-               ) -> dict[str, dict[str, float]]:
-    """{subject: {metric: mean over the subject's volumes}}; of one group, if one is named."""
-    return per_subject((subject, scores) for subject, of, scores in self.volumes[target, row]
-                       if group is None or of == group)
+  def subjects(self, target: str, row: str, group: str | None = None,
+               cases: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+    """{subject: {metric: mean over the subject's volumes}}; of a group or of cases, if named."""
+    return per_subject((subject, scores) for subject, of, scores, case in self.volumes[target, row]
+                       if group in (None, of) and (cases is None or case in cases))
 
   def summary(self, target: str) -> dict[str, dict[str, Any]]:
     """{row: {metric: summary over subjects}}."""
@@ -106,7 +114,7 @@ class Results:
 
   def groups(self, subject: str | None = None) -> list[str]:
     """The groups (scanners) of all volumes, or of a subject's."""
-    return sorted({group for found in self.volumes.values() for name, group, _ in found
+    return sorted({group for found in self.volumes.values() for name, group, *_ in found
                    if subject in (None, name)})
 
   def by_group(self, target: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -126,6 +134,10 @@ class Results:
     return {row: uptake.correlations(self.slices[target, row], SLICE_METRICS)
             for row, stage in self.stages.items()
             if (target, row) in self.slices and not stage.bound}
+
+  def registered(self, target: str) -> dict[str, Registration]:
+    """{stage: what was measured of its flow}."""
+    return {stage: found for (of, stage), found in self.registrations.items() if of == target}
 
   def not_told(self, target: str) -> tuple[list[str], list[str]]:
     """Subjects of a PET target (without a voxel above `uptake.HOT`, with no other voxel)."""
@@ -175,53 +187,61 @@ def verdicts(results: Results, target: str) -> dict[str, Verdict]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def write(results: Results, folder: Path) -> None:
-  """Writes per_subject.csv and summary.json."""
-  grouped = len(results.groups()) > 1
-  lines = [{"direction": results.direction(t), "row": row, "subject": subject,
-            **({"group": "+".join(results.groups(subject))} if grouped else {}), **scores}
-           for t in results.scales for row in results.rows(t)
-           for subject, scores in results.subjects(t, row).items()]
+def write(parts: Sequence[Results], folder: Path, more: Mapping[str, Any]) -> None:
+  """Writes per_subject.csv and summary.json, with `more` in it."""
+  grouped = len({group for p in parts for group in p.groups()}) > 1
+  lines = [{"direction": p.direction(t), "row": row, "subject": subject,
+            **({"group": "+".join(p.groups(subject))} if grouped else {}), **scores}
+           for p in parts for t in p.scales for row in p.rows(t)
+           for subject, scores in p.subjects(t, row).items()]
   with open(folder / "per_subject.csv", "w", newline="") as file:
     writer = csv.DictWriter(file, list(dict.fromkeys(k for line in lines for k in line)))
     writer.writeheader()
     for line in lines:
       writer.writerow({k: "" if v != v else v for k, v in line.items()})
-  for target, found in results.s3.items():
+  for target, found in {t: x for p in parts for t, x in p.s3.items()}.items():
     if found.model:
       niqe.save(found.model, folder / f"niqe_{target}.npz")
-  text = json.dumps(_plain(described(results)), indent=1, allow_nan=False)
+  text = json.dumps(_plain({**described(parts), **more}), indent=1, allow_nan=False)
   (folder / "summary.json").write_text(text + "\n")
 
 
-def described(results: Results) -> dict[str, Any]:
-  """The content of summary.json."""
-  info, targets = results.info, results.scales
+def described(parts: Sequence[Results]) -> dict[str, Any]:
+  """The content of summary.json; of several sources, what goes by target goes by direction."""
+  first, several = parts[0], len(parts) > 1
+  info, stages = first.info, first.stages
+  each = [(p, t, p.direction(t)) for p in parts for t in p.scales]
   found = {
-    "config": results.config.to_dict(),
+    "config": first.config.to_dict(),
     "dataset": {"name": info.name, "hash": info.hash, "simulated": info.simulated},
-    "n_subjects": len({s for v in results.volumes.values() for s, *_ in v}),
+    "n_subjects": len({s for p in parts for v in p.volumes.values() for s, *_ in v}),
     "protocol": {
-      "split": results.split,
-      "checkpoint": results.which,
-      "steps": {name: stage.step for name, stage in results.stages.items()},
-      "bounds": [name for name, stage in results.stages.items() if stage.bound],
-      "notes": {name: stage.note for name, stage in results.stages.items() if stage.note},
+      "split": first.split,
+      "checkpoint": first.which,
+      "steps": {name: stage.step for name, stage in stages.items()},
+      "bounds": [name for name, stage in stages.items() if stage.bound],
+      "notes": {name: stage.note for name, stage in stages.items() if stage.note},
       "region": "body mask, within the fields of view of source and target",
       "aggregation": "voxels pooled over a volume, mean of a subject's volumes, then subjects",
       "ssim_outside_mask": "background in reference and image",
-      "targets": {t: _scaling(results, t) for t in targets}},
-    "above_floor": {results.direction(t): {row: v.above for row, v in verdicts(results, t).items()}
-                    for t in targets},
-    "scores": {results.direction(t): results.summary(t) for t in targets},
-    "speed": {name: _speed(stage) for name, stage in results.stages.items()},
+      "targets": {name if several else t: _scaling(p, t) for p, t, name in each}},
+    "above_floor": {name: {row: v.above for row, v in verdicts(p, t).items()}
+                    for p, t, name in each},
+    "scores": {name: p.summary(t) for p, t, name in each},
+    "speed": {name: _speed(stage) for name, stage in stages.items()},
     "training": {name: {"steps": steps, "seconds": seconds}
-                 for name, (steps, seconds) in results.training.items()}}
-  for name, of in (("by_group", results.by_group), ("uptake_correlation", results.correlations)):
-    parts = {results.direction(t): of(t) for t in targets}
-    found |= {name: {t: part for t, part in parts.items() if part}} if any(parts.values()) else {}
-  if results.switches:
-    found["code_switch"] = {stage: s.described() for stage, s in results.switches.items()}
+                 for name, (steps, seconds) in first.training.items()}}
+  for name, of in (("by_group", Results.by_group), ("uptake_correlation", Results.correlations)):
+    of_each = {direction: of(p, t) for p, t, direction in each}
+    of_each = {direction: part for direction, part in of_each.items() if part}
+    found |= {name: of_each} if of_each else {}
+  if any(p.registrations for p in parts):
+    found["registration"] = {
+      direction: {stage: r.described() for stage, r in p.registered(t).items()}
+      for p, t, direction in each if p.registered(t)}
+  switches = {p.source: {stage: s.described() for stage, s in p.switches.items()} for p in parts}
+  if any(switches.values()):
+    found["code_switch"] = switches if several else switches[first.source]
   return found
 
 
@@ -242,6 +262,9 @@ def _scaling(results: Results, target: str) -> dict[str, Any]:
               "correlated_slices": f"{uptake.LEAST} mask voxels or more"}
   if target in results.s3:
     found["s3"] = results.s3[target].described()
+  if results.lumen and scale.unit == "HU":
+    found["lumen"] = {"region": results.lumen[0], "above_hu": results.lumen[1],
+                      "within_voxels": REACH}
   if scale.uptake:
     cold, hot = results.not_told(target)
     found |= {"hot_suv": uptake.HOT, "subjects_without_hot_voxels": cold,

@@ -4,15 +4,38 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from tqdm import tqdm
 
 from medsynth_jax import config as configs
-from medsynth_jax import scoring
+from medsynth_jax import floors, scoring, sharding
 from medsynth_jax.data import fusion
 from medsynth_jax.data.dataset import Case, Store
 from medsynth_jax.data.examples import case_source, case_target, case_valid, fused, usable
 from medsynth_jax.errors import UserError
 from medsynth_jax.run import Run
 from medsynth_jax.s3_scorer import S3Scorer
+
+
+def lumen_of(here: Run) -> tuple[str, float] | None:
+  """(region, HU) by which the lumen of a CT is found: the fields `evaluation.lumen` and `lumen_hu`.
+
+  None if the run asks for none.
+
+  Raises:
+    UserError: no such region in the data set, or no target is a CT.
+  """
+  settings, regions = here.config.evaluation, here.info.rois
+  region = settings.get("lumen", "")
+  if not region:
+    return None
+  if region not in regions:
+    raise UserError(f"evaluation.lumen={region!r}: this data set has"
+                    f" {'the regions ' + ', '.join(regions) if regions else 'no region'}; name a"
+                    " column mask_<region> of its table, or leave the field empty")
+  if not any(here.info.modality(t).type == "ct" for t in here.task.targets):
+    raise UserError(f"evaluation.lumen={region!r}: a threshold in HU needs a CT, and this run makes"
+                    f" {', '.join(here.task.targets)}; leave the field empty")
+  return region, settings.lumen_hu
 
 
 @dataclasses.dataclass
@@ -33,11 +56,14 @@ class Volume:
 class Scorer:
   """Loads volumes and scores images of them, by the target's conventions.
 
-  `rendered` says that a synthetic PET is also scored as a fusion image.
+  `rendered` says that a synthetic PET is also scored as a fusion image; `lumen` see `lumen_of`.
+  `s3` holds the targets whose S3 metrics another source has fitted already, and takes these too.
   """
 
-  def __init__(self, here: Run, store: Store, targets: Mapping[str, Iterable[Case]]):
+  def __init__(self, here: Run, store: Store, targets: Mapping[str, Iterable[Case]],
+               lumen: tuple[str, float] | None = None, s3: dict[str, S3Scorer] | None = None):
     self.run, self.store, self.info, self.task = here, store, here.info, here.task
+    self.lumen = lumen
     pet = self.task.fusion
     self.rendered = any(usable(c, self.task, fusion.NAME) for c in targets.get(pet, ()))
     names = [n for t in targets for n in ((t, fusion.NAME) if t == pet and self.rendered else (t,))]
@@ -45,8 +71,10 @@ class Scorer:
     self.scales = {n: scoring.scale_of(self.info.modality(n)) for n in names}
     self.protocols = {n: scoring.ssim_protocols(asked, self.info.modality(n)) for n in names}
     wanted = here.config.evaluation.get("s3", False)  # absent in runs older than the field
-    self.s3 = {n: S3Scorer(store, n, self.scales[n]) for n in names
-               if wanted and self.info.modality(n).type == "mr"}
+    mr = [n for n in names if wanted and self.info.modality(n).type == "mr"]
+    s3 = {} if s3 is None else s3
+    s3.update({n: S3Scorer(store, n, self.scales[n]) for n in mr if n not in s3})
+    self.s3 = {n: s3[n] for n in mr}
 
   def load(self, case: Case, target: str) -> Volume:
     """A case with the target in the unit of scores."""
@@ -87,7 +115,7 @@ class Scorer:
     """Scores of an image in the unit of scores; UserError names the case and the row."""
     try:
       scores = scoring.score(self.scales[volume.target], volume.reference, image, volume.mask,
-                             volume.rois, self.protocols[volume.target])
+                             volume.rois, self.protocols[volume.target], self.lumen)
       if volume.target in self.s3:
         scores |= self.s3[volume.target].score(volume.case.volume, volume.reference, image,
                                                volume.mask)
@@ -98,3 +126,27 @@ class Scorer:
   def blanked(self, volume: Volume, image: np.ndarray) -> np.ndarray:
     """The image with background outside the mask, as synthesis writes it."""
     return scoring.blanked(self.scales[volume.target], image, volume.mask)
+
+  def floor(self, target: str) -> floors.Fitted | floors.Constant:
+    """The floor, fitted on the training cases that have both sides; where none has, the constant.
+
+    Raises:
+      UserError: no training voxel of the target.
+    """
+    info, task, training = self.info, self.task, self.info.split("train")
+    direction = f"{task.direction}->{target}"
+    both = [c for c in training if usable(c, task, target)]
+    if not both and target != fusion.NAME:
+      return floors.mean((self._voxels(c, target) for c in training if target in c.images),
+                         direction)
+    volumes = (self.load(c, target) for c in tqdm(
+      both, desc=f"floor {direction}", unit="case", disable=not sharding.is_first()))
+    return floors.fit(((v.source, v.reference, v.mask, info.spacing_of(v.case)) for v in volumes),
+                      channels=task.channels(info) // (2 * task.context + 1),
+                      common_grid=info.anatomical, direction=direction)
+
+  def _voxels(self, case: Case, target: str) -> np.ndarray:
+    """The target's voxels in the body and its field of view, in the unit of scores, float64 [k]."""
+    arrays = self.store.volume(case)
+    image = self.scales[target].reference(arrays["images"][target], case.images[target].target)
+    return image[arrays["mask"] & arrays["valid"][target]].astype(np.float64)

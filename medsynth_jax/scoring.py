@@ -15,6 +15,7 @@ from medsynth_jax.data.dataset import Modality
 from medsynth_jax.data.intensities import Scaling, from_model, to_model
 from medsynth_jax.errors import UserError
 from medsynth_jax.metrics import similarity
+from medsynth_jax.metrics.lumen import lumen_dice
 from medsynth_jax.metrics.uptake import uptake_scores
 from medsynth_jax.metrics.volume import COLOUR_PAPERS, PAPERS, paper_scores, volume_scores
 
@@ -96,13 +97,15 @@ def blanked(scale: Scale, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def score(scale: Scale, reference: np.ndarray, image: np.ndarray, mask: np.ndarray,
-          rois: Mapping[str, np.ndarray], protocols: Sequence[str]) -> dict[str, float]:
+          rois: Mapping[str, np.ndarray], protocols: Sequence[str],
+          lumen: tuple[str, float] | None = None) -> dict[str, float]:
   """All scores of one volume [n, H, W] (a fusion [n, H, W, 3]), both in the unit of scores.
 
   mae, mse, nmae, psnr and SSIM in the mask, both images set to background outside it (which SSIM
   alone sees); `mae_<roi>` and `psnr_<roi>` in each region inside the mask, NaN where it is empty;
-  for a PET `uptake_scores`; the papers' conventions (`psnr_s2`) on whole slices in model units, the
-  image with background outside the mask, as synthesis writes it.
+  for a PET `uptake_scores`; for a CT and a `lumen` (region, HU) `dice_<roi>`, and the reference's
+  own, `dice_<roi>_reference`; the papers' conventions (`psnr_s2`) on whole slices in model units,
+  the image with background outside the mask, as synthesis writes it.
   """
   scores = volume_scores(*(blanked(scale, x, mask) for x in (reference, image)), mask,
                          data_range=scale.data_range, protocols=protocols,
@@ -113,6 +116,10 @@ def score(scale: Scale, reference: np.ndarray, image: np.ndarray, mask: np.ndarr
       if inside.any() else {}
     for metric in ("mae", "psnr"):
       scores[f"{metric}_{roi_label(roi)}"] = part.get(metric, float("nan"))
+  if lumen and scale.unit == "HU" and lumen[0] in rois:
+    name, threshold = f"dice_{roi_label(lumen[0])}", lumen[1]
+    scores[name] = lumen_dice(image, rois[lumen[0]], mask, threshold)
+    scores[f"{name}_reference"] = lumen_dice(reference, rois[lumen[0]], mask, threshold)
   if scale.uptake:
     scores |= uptake_scores(reference, image, mask, {roi_label(r): x for r, x in rois.items()})
   truth, made = scale.model(reference), scale.model(blanked(scale, image, mask))

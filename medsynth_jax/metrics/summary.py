@@ -9,7 +9,7 @@ from medsynth_jax.metrics.volume import PAPERS
 
 FEWEST = 5  # subjects for a confidence interval
 RESAMPLES = 9999
-HIGHER = ("psnr", "ssim", "ncc", "auc", "vifp", "vif")  # better; all other metrics are errors
+HIGHER = ("psnr", "ssim", "ncc", "auc", "vifp", "vif", "dice")  # better; all others are errors
 
 
 def higher_is_better(metric: str) -> bool:
@@ -25,7 +25,7 @@ def unit_of(metric: str, scale: str) -> str:
   base, _, paper = metric.partition("_")
   if base == "psnr":
     return "dB"
-  if base in ("ssim", "ncc", "nmae", "auc", "vifp", "vif", "niqe") or scale == "1":
+  if base in ("ssim", "ncc", "nmae", "auc", "vifp", "vif", "niqe", "dice") or scale == "1":
     return "1"
   if paper in PAPERS:  # a paper's convention has a scale of its own, whatever the images' unit
     scale = "grey levels of 255" if paper == "s2" else "[0, 1]"
