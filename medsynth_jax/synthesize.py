@@ -6,6 +6,12 @@ Reads the run folder only. Input: a file, a folder of files, a folder that holds
 t1=FILE,flair=FILE for a run with several sources. A run with several targets makes all of them, or
 --target. Of a diffusion stage --samples=N writes the mean of N samples and their standard
 deviation; --steps and --guidance change its sampler. Beside each image lies a JSON sidecar.
+
+A run of any source (data.source=any) takes t1=FILE or a folder of <case>_<modality> files, and
+makes the modalities that are not given: from several sources each image apart, in files
+NAME_<target>_from_<source>, and with --combine=mean beside them their mean, in NAME_<target>, on
+the grid of the first. With --save-flow=TARGET the field by which a registration network lays the
+synthetic image on that scan is written beside it: see `flows`.
 """
 
 import dataclasses
@@ -23,12 +29,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from medsynth_jax import checkpoint, cli, outputs, windows
+from medsynth_jax import checkpoint, cli, flows, outputs, placing, windows
 from medsynth_jax import config as configs
 from medsynth_jax import run as runs
 from medsynth_jax.contract import State
 from medsynth_jax.data import case, fusion, grids, volumes
-from medsynth_jax.data.examples import source_channels
+from medsynth_jax.data.examples import Task, source_channels
 from medsynth_jax.data.intensities import from_model, to_model
 from medsynth_jax.errors import UserError
 
@@ -59,16 +65,29 @@ class Synthesizer:
       "trained_on": {"name": run.info.name, "hash": run.info.hash, "simulated": run.info.simulated},
     }
 
+  def views(self, names: Collection[str]) -> list[Task]:
+    """The task, or of one of any source that of each source among `names`."""
+    task = self.run.task
+    return [v for v in task.views if v.sources[0] in names] if task.any_source else [task]
+
+  def channels(self, source: case.Source, task: Task) -> np.ndarray:
+    """The network's input of a scan, [n, H, W, C] slice axis first."""
+    slices = {n: np.moveaxis(x, self.run.info.plane, 0) for n, x in source.images.items()}
+    scalings = {n: task.scalings(scan) for n, scan in source.scans.items()}
+    return source_channels(slices, scalings, task, self.run.info)
+
   def image(self, source: case.Source, target: str, sample: int = 0) -> np.ndarray:
     """The synthetic image in physical units on the model grid [x, y, z]; a fusion's [x, y, z, 3].
 
-    What lies outside the body and the field of view is not yet the target's background.
+    What lies outside the body and the field of view is not yet the target's background. From
+    several scans of a run of any source it is the mean of the images from each.
     """
-    run, info, task = self.run, self.run.info, self.run.task
-    slices = {n: np.moveaxis(x, info.plane, 0) for n, x in source.images.items()}
-    scalings = {n: task.scalings(scan) for n, scan in source.scans.items()}
-    channels = source_channels(slices, scalings, task, info)
-    synthesis = run.config.synthesis
+    views = self.views(source.images)
+    return sum(self._image(source, target, sample, view) for view in views) / len(views)
+
+  def _image(self, source: case.Source, target: str, sample: int, task: Task) -> np.ndarray:
+    run, info = self.run, self.run.info
+    channels, synthesis = self.channels(source, task), run.config.synthesis
     with tqdm(total=windows.count(channels.shape, task, synthesis.overlap), unit="window",
               desc=target, leave=False) as bar:
       model = windows.synthesise(
@@ -167,7 +186,7 @@ def scan(synthesizer: Synthesizer, inputs: Mapping[str, Path], images: Mapping[s
   shows in fusion the colour image (`_fusion`).
 
   Args:
-    inputs: {source modality: file or DICOM folder}.
+    inputs: {source modality: file or DICOM folder}; of a run of any source several are averaged.
     grid: "source", "model", or a file whose grid is used; "": source, but model for a PET.
 
   Raises:
@@ -200,11 +219,15 @@ def _missing(synthesizer: Synthesizer, inputs: Mapping[str, Path], target: str, 
              grid: str) -> dict[str, tuple[Path, dict]]:
   """{kind: (file, sidecar)} of what is to be written for a target and is not yet there."""
   run, samples, shown = synthesizer.run, synthesizer.samples, synthesizer.run.task.fusion
+  averaged = run.task.any_source and len(inputs) > 1
+  if averaged and samples > 1:
+    raise UserError(f"--samples={samples}: the mean over {', '.join(inputs)} is of one image each;"
+                    " set --samples=1 or leave --combine out")
   if shown and run.task.measured(target) == shown and run.task.sources[0] not in inputs:
     raise UserError(f"{shown} is shown in colour on {run.task.sources[0]}: give that by --input")
   files = outputs.files(path, samples, target == shown)
   found = {kind: (file, outputs.sidecar(synthesizer.told, run.info, target, kind, samples, inputs,
-                                        grid)) for kind, file in files.items()}
+                                        grid, averaged)) for kind, file in files.items()}
   return {kind: parts for kind, parts in found.items() if not outputs.done(*parts)}
 
 
@@ -216,61 +239,27 @@ def _made(synthesizer: Synthesizer, source: case.Source, scans: Mapping[str, vol
   alone would have given. The mask goes apart from the values: edges are not blurred with air.
   """
   run, modality = synthesizer.run, synthesizer.run.info.modality(target)
-  moments, seconds = _Moments(), 0.0
+  moments, seconds = placing.Moments(), 0.0
   for sample in range(synthesizer.samples):
     then = time.perf_counter()
     image = synthesizer.image(source, target, sample)
     seconds += time.perf_counter() - then
-    moments.add(_placed(image, source.affine, shape, affine, modality.background))
-  _tell(target, source.mask.shape[run.info.plane], synthesizer.samples, seconds)
+    moments.add(placing.placed(image, source.affine, shape, affine, modality.background))
+  slices = source.mask.shape[run.info.plane] * len(synthesizer.views(source.images))
+  _tell(target, slices, synthesizer.samples, seconds)
   body = volumes.Volume(source.valid & source.mask, source.affine)
   inside = grids.resample(body, shape, affine, order=0, fill=False)
-  image = _masked(moments.mean, inside, modality.background)
-  made = {"image": _as_written(image, modality.type)}
+  image = placing.masked(moments.mean, inside, modality.background)
+  made = {"image": placing.as_written(image, modality.type)}
   if "std" in kinds:
-    made["std"] = _masked(_one_channel(moments.deviation()), inside, 0)
+    made["std"] = placing.masked(placing.one_channel(moments.deviation()), inside, 0)
   if "fusion" in kinds:
     name = run.task.sources[0]
-    scan = _placed(scans[name].array, scans[name].affine, shape, affine,
-                   run.info.modality(name).background)
+    scan = placing.placed(scans[name].array, scans[name].affine, shape, affine,
+                          run.info.modality(name).background)
     grey = (to_model(source.scans[name].source[0], scan) + 1) / 2
-    made["fusion"] = _as_written(fusion.render(grey, image), "rgb")
+    made["fusion"] = placing.as_written(fusion.render(grey, image), "rgb")
   return made
-
-
-def _masked(image: np.ndarray, inside: np.ndarray, background: float) -> np.ndarray:
-  """The background outside the body; `image` may have a channel axis behind."""
-  inside = inside.reshape(inside.shape + (1,) * (image.ndim - inside.ndim))
-  return np.where(inside, image, np.float32(background))
-
-
-def _as_written(image: np.ndarray, kind: str) -> np.ndarray:
-  """CT as whole HU, colours as bytes, all else as it is."""
-  if kind == "rgb":
-    return np.round(255 * image.clip(0, 1)).astype(np.uint8)
-  return np.round(image).astype(np.int16) if kind == "ct" else image
-
-
-def _one_channel(deviation: np.ndarray) -> np.ndarray:
-  """Of a colour image the root mean square over its channels, in levels of 0..255."""
-  return deviation if deviation.ndim == 3 else 255 * np.sqrt(np.square(deviation).mean(-1))
-
-
-class _Moments:
-  """Mean and standard deviation of images one after the other (Welford, Technometrics 1962)."""
-
-  def __init__(self):
-    self.count, self.mean, self.squares = 0, np.float32(0), np.float32(0)
-
-  def add(self, image: np.ndarray) -> None:
-    self.count += 1
-    off = image - self.mean
-    self.mean = self.mean + off / self.count
-    self.squares = self.squares + off * (image - self.mean)
-
-  def deviation(self) -> np.ndarray:
-    """Of the sample: divided by the count less one."""
-    return np.sqrt(self.squares / (self.count - 1))
 
 
 def _tell(target: str, slices: int, samples: int, seconds: float) -> None:
@@ -278,14 +267,6 @@ def _tell(target: str, slices: int, samples: int, seconds: float) -> None:
   what = f"{slices} slices" if samples == 1 else f"{samples} samples of {slices} slices"
   print(f"{target}: {what} in {seconds:.1f} s, {seconds / slices / samples:.2g} s a slice",
         flush=True)
-
-
-def _placed(image: np.ndarray, affine, shape, out_affine, fill: float) -> np.ndarray:
-  """An image [x, y, z] or [x, y, z, C] on the output grid, float32."""
-  if image.ndim == 4:
-    return np.stack([_placed(c, affine, shape, out_affine, fill)
-                     for c in np.moveaxis(image, -1, 0)], -1)
-  return grids.resample(volumes.Volume(image, affine), shape, out_affine, order=1, fill=fill)
 
 
 def _header_of(grid: str, source: Path) -> Path | None:
@@ -305,19 +286,30 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--grid={GRID.value}: neither source, model nor a file")
   synthesizer = load(WORKDIR.value, CHECKPOINT.value, STAGE.value, samples=SAMPLES.value,
                      batch_size=BATCH_SIZE.value, steps=STEPS.value, guidance=GUIDANCE.value)
-  found = outputs.jobs(INPUT.value, OUTPUT.value, synthesizer.run.task, TARGET.value)
+  found = outputs.jobs(INPUT.value, OUTPUT.value, synthesizer.run.task, TARGET.value,
+                       COMBINE.value)
+  if SAVE_FLOW.value:
+    flows.check(synthesizer, found)
   with warnings.catch_warnings():
     warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}")
     for inputs, images in tqdm(found, unit="scan", disable=len(found) == 1):
       for path in scan(synthesizer, inputs, images, GRID.value):
         print(f"{path}: synthetic image written")
+    if SAVE_FLOW.value:
+      flows.save(synthesizer, *found[0], SAVE_FLOW.value)
 
 
 if __name__ == "__main__":
   WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
   INPUT = flags.DEFINE_string("input", None, "A scan, a folder of scans, or t1=FILE,flair=FILE.")
   OUTPUT = flags.DEFINE_string("output", None, "Image file to write (a folder for a folder).")
-  TARGET = flags.DEFINE_string("target", "", "Modality to make; default: all that the run makes.")
+  TARGET = flags.DEFINE_string(
+    "target", outputs.ALL, "Modality to make; all: what the run makes and is not given.")
+  COMBINE = flags.DEFINE_enum(
+    "combine", "", outputs.COMBINE, "mean: also the mean of the images from several sources, of a"
+    " run of any source.")
+  SAVE_FLOW = flags.DEFINE_string(
+    "save-flow", "", "A scan of the target: write the field of the registration network for it.")
   GRID = flags.DEFINE_string(
     "grid", "", "source, model, or a FILE whose grid is used; default source, model for a PET.")
   CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Which checkpoint.")

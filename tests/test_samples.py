@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from conftest import make_toy_data
 from test_train import get_config, scale_build, two_stages
 
-from medsynth_jax import builtin, methods, outputs, run, synthesize, train
+from medsynth_jax import builtin, methods, outputs, placing, run, synthesize, train
 from medsynth_jax import config as configs
 from medsynth_jax.contract import Method, category, example_keys
 from medsynth_jax.data import fusion, volumes
@@ -138,7 +138,7 @@ def test_mean_and_deviation_of_samples(drawn, tmp_path, capsys):
 
 def test_moments_of_a_stream():
   images = np.random.default_rng(0).normal(1000, 3, (9, 4, 5)).astype(np.float32)
-  moments = synthesize._Moments()
+  moments = placing.Moments()
   for image in images:
     moments.add(image)
   np.testing.assert_allclose(moments.mean, images.mean(0), rtol=1e-6)

@@ -78,8 +78,9 @@ def write(path: str | os.PathLike, array: np.ndarray, affine: np.ndarray,
           like: str | os.PathLike | None = None) -> None:
   """Writes a scan in the format that the name's extension says, complete or not at all.
 
-  `array` [i, j, k] (bool is stored as uint8), or [i, j, k, 3] uint8: a colour image, which `read`
-  refuses. `affine` voxel -> RAS+ mm; `like` is a NIfTI file whose orientation codes are taken over.
+  `array` [i, j, k] (bool is stored as uint8), or what `read` refuses: [i, j, k, 3] uint8, a colour
+  image, or float, a field of vectors along RAS+ axes (NIfTI only). `affine` voxel -> RAS+ mm;
+  `like` is a NIfTI file whose orientation codes are taken over.
   Raises UserError for an unknown extension, an unwritable folder or a full disk.
   """
   path = Path(path)
@@ -218,9 +219,14 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, like) -> Non
     header = nib.load(like).header
     codes = int(header["sform_code"]), int(header["qform_code"])
     codes = codes if any(codes) else (1, 1)
-  if array.ndim == 4:
+  vectors = array.ndim == 4 and array.dtype.kind == "f"
+  if vectors:
+    array = array[:, :, :, None]  # the fourth axis is time
+  elif array.ndim == 4:
     array = np.ascontiguousarray(array).view([(c, np.uint8) for c in "RGB"])[..., 0]  # RGB24
   image = nib.Nifti1Image(array, affine)
+  if vectors:
+    image.header.set_intent("vector")
   image.header.set_xyzt_units("mm")
   image.set_sform(affine, codes[0] or codes[1])
   # A qform cannot hold shear: leave it unset rather than let it contradict the sform.
