@@ -16,8 +16,8 @@ def make(config: ConfigDict, workdir: Path) -> Path:
   """Writes RUN/scans (NIfTI files, cases.csv) and prepares RUN/data from it; returns RUN/data.
 
   What is there already, from the same fields, is kept. Of a fusion image its PET is simulated. With
-  data.source=any all modalities are sources. Where images are missing and a training case need not
-  be whole (draw "any" or "unpaired"), the test subjects have all, so that they can be scored.
+  data.source=any all modalities are sources. They depend on `config.data` alone, so that runs of
+  other methods can share them.
 
   Raises:
     UserError: fields that cannot be simulated.
@@ -26,13 +26,12 @@ def make(config: ConfigDict, workdir: Path) -> Path:
     shutil.rmtree(left, ignore_errors=True)
   simulated, data = config.data.simulated, config.data
   sources, modalities = _modalities(data)
-  draws = {section.draw for section in configs.stages(config).values()}
   table = phantom.write(
     workdir / "scans", n_subjects=simulated.n_subjects, seed=simulated.seed,
     modalities=modalities, sources=sources, spacing=_spacing(simulated.spacing),
     misaligned=simulated.misaligned or None, misalignment=simulated.misalignment,
     missing=(simulated.missing, simulated.missing_share), groups=simulated.groups,
-    permute=simulated.permute, whole_test=bool(draws & {"any", "unpaired"}))
+    permute=simulated.permute)
   fields = prepare.default_config()
   fields.update(table=str(table), out=str(workdir / "data"), name="built-in simulated subjects",
                 seed=simulated.seed, folds=simulated.folds,

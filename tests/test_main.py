@@ -51,12 +51,13 @@ def test_bad_flags_get_one_line(flags, message, tmp_path):
 def test_every_option_of_the_simulation_is_a_field(tmp_path):
   """Missing images, scanner groups, anisotropic voxels and misalignment reach the data set."""
   config = get_config("unet")
-  config.data.simulated.update(spacing="8,8,16", missing="random", missing_share=0.3, groups=2,
-                               modalities="flair", misaligned="t2", misalignment=2.0, seed=3)
+  config.data.simulated.update(n_subjects=8, spacing="8,8,16", missing="random", missing_share=0.3,
+                               groups=2, modalities="flair", misaligned="t2", misalignment=2.0,
+                               seed=3)
   info = Store(builtin.make(config, tmp_path)).info
   assert info.names == ("t1", "t2", "flair") and info.simulated
   assert len({c.group for c in info.cases}) == 2
-  assert sum(len(c.images) for c in info.cases) < 6 * len(info.modalities)
+  assert sum(len(c.images) for c in info.cases) < 8 * len(info.modalities)
   assert info.spacing == (8.0, 8.0, 16.0)
   assert info.notes["ceiling_sources"] == ["t1"]
 

@@ -257,18 +257,25 @@ def test_write_is_deterministic_and_idempotent(tmp_path):
 
 
 def test_missing_by_group_follows_the_scanner(tmp_path):
-  path = phantom.write(tmp_path / "a", n_subjects=4, spacing=(8, 8, 8), groups=2,
+  path = phantom.write(tmp_path / "a", n_subjects=8, spacing=(12, 12, 12), groups=2,
                        missing=("group", 1.0))
-  for row in _table(path):
+  rows = _table(path)
+  assert [row["split"] for row in rows] == ["train"] * 2 + ["validation"] * 2 + ["test"] * 4
+  for row in rows:
     lacking, present = ("t1", "t2") if row["group"] == "site0" else ("t2", "t1")
-    assert row[lacking] == "" and row[present] and (row["ceiling_t2"] != "") == (present == "t2")
+    if row["split"] == "test":  # whole, so that it can be scored
+      assert row["t1"] and row["t2"] and row["ceiling_t2"]
+    else:
+      assert row[lacking] == "" and row[present] and (row["ceiling_t2"] != "") == (present == "t2")
 
 
 def test_missing_at_random_leaves_every_subject_an_image():
-  recipe = {"modalities": ["t1", "t2", "ct"], "missing": ["random", 0.5], "groups": 1, "seed": 0}
-  present = [phantom._present(recipe, i) for i in range(300)]
+  recipe = {"modalities": ["t1", "t2", "ct"], "missing": ["random", 0.5], "groups": 1, "seed": 0,
+            "n_subjects": 300}
+  present = [phantom._present(recipe, i) for i in range(270)]
   assert min(map(len, present)) == 1
   assert np.mean([len(p) for p in present]) == pytest.approx(1.5 + 1 / 8, abs=0.15)
+  assert all(phantom._present(recipe, i) == ["t1", "t2", "ct"] for i in range(270, 300))
 
 
 def _confounded(n, groups=2, share=1.0, modalities=("pet", "ct", "t2"), sources=("pet",)):
@@ -346,6 +353,7 @@ def test_permuted_targets_come_from_the_next_subject(tmp_path):
   ({"n_subjects": 0}, "n_subjects=0"),
   ({"n_subjects": 1, "permute": True}, "need 2"),
   ({"missing": ("some", 0.1)}, "'some'"),
+  ({"missing": ("random", 0.1), "n_subjects": 3}, "n_subjects=3: need four subjects a group"),
   ({"sources": ("ct",)}, "source 'ct'"),
   ({"spacing": (2, 0, 2)}, "spacing > 0"),
 ])

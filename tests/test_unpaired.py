@@ -198,7 +198,10 @@ def test_simulated_sites_that_share_no_patient(tmp_path, monkeypatch):
   config.data.update(source="t1", targets="t2", size="16,16", threads=0)
   config.data.simulated.update(n_subjects=8, spacing="16,16,16", groups=2, missing="group",
                                missing_share=1.0)
+  config.draw = "pair"  # fields of data that are equal give one data set, whatever is drawn of it
   config.data.dir = str(builtin.make(config, tmp_path))
+  config.draw = "unpaired"
+  assert str(builtin.make(config, tmp_path)) == config.data.dir
   info = Store(config.data.dir).info
   has = Counter((c.split, *(m for m in info.names if m in c.images)) for c in info.cases)
   assert has == {(side, m): 1 for side in ("train", "validation") for m in ("t1", "t2")} | {

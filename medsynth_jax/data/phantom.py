@@ -163,8 +163,7 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
           modalities: Sequence[str] = ("t1", "t2"), sources: Sequence[str] = ("t1",),
           spacing: Sequence[float] = (2.0, 2.0, 2.0), misaligned: str | None = None,
           misalignment: float = 0.0, missing: tuple[str, float] = ("none", 0.0),
-          groups: int = 1, permute: bool = False, whole_test: bool = False,
-          workers: int | None = None) -> Path:
+          groups: int = 1, permute: bool = False, workers: int | None = None) -> Path:
   """Writes a simulated data set (NIfTI files and cases.csv) and returns the table's path.
 
   Columns: subject, group, (split,) one a modality, mask (the head), mask_<region> for the regions
@@ -179,15 +178,14 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
       ("group", p): in group g the modality number g (modulo their count) is absent for a share p;
       ("confounded", p): of the targets (the modalities that are no source) a training or validation
       subject of group g has number g (modulo their count) for certain, and lacks each other with
-      probability p. Its test subjects have all, at least two a group, so that every target can be
-      scored for every scanner; the table gets a column `split`, about 8:1:1 within each group. With
-      source pet, targets ct and t2 and two groups: CT with sharp PET, MR with blurred PET.
+      probability p. With source pet, targets ct and t2 and two groups: CT with sharp PET, MR with
+      blurred PET.
+      The test subjects of all three have all, at least two a group, so that every target can be
+      scored for every scanner; the table gets a column `split`, about 8:1:1 within each group.
     groups: number of sites; site g uses scanner g modulo 3 (the second has blurred PET and more
       noise), so that with "group" and "confounded" the scanner tells which modalities there are.
     permute: the modalities that are no sources come from the next subject, masks and ceiling too:
       no method can learn from such pairs.
-    whole_test: the test subjects of "random" and "group" have all modalities too, and the table a
-      column `split`, as for "confounded".
     workers: parallel processes; default one a CPU core, or one alone for a small data set.
 
   Raises:
@@ -200,8 +198,8 @@ def write(folder: str | Path, *, n_subjects: int, seed: int = 0,
     "spacing": [float(s) for s in spacing], "misaligned": misaligned,
     "misalignment": float(misalignment), "missing": list(missing), "groups": groups,
     "permute": permute,
-    # only where it says something, so that a folder of an older version is recognised
-    **({"whole_test": True} if whole_test and missing[0] in ("random", "group") else {})}
+    # so that a folder of an older version, whose test subjects may lack images, is told apart
+    **({"whole_test": True} if missing[0] in ("random", "group") else {})}
   _check(modalities, sources, misaligned)
   _check_recipe(recipe)
   if folder.exists() and any(folder.iterdir()):
@@ -239,7 +237,7 @@ def _check_recipe(recipe):
     raise UserError(f"simulated data: missing='confounded' with groups={groups}, n_subjects={n} "
                     f"and targets {', '.join(targets) or 'none'}: need two groups, two targets and "
                     "four subjects a group (one to train, one to validate, two to test) or more")
-  if recipe.get("whole_test") and n < 4 * groups:
+  if kind != "none" and n < 4 * groups:
     raise UserError(f"simulated data: missing={kind!r} with groups={groups}, n_subjects={n}: need"
                     " four subjects a group (one to train, one to validate, two to test) or more")
   absent = [m for m in recipe["sources"] if m not in recipe["modalities"]]
@@ -292,7 +290,7 @@ def _targets(recipe):
 
 def _has_splits(recipe):
   """Whether the simulation says who tests, since the test subjects are whole."""
-  return recipe["missing"][0] == "confounded" or recipe.get("whole_test", False)
+  return recipe["missing"][0] != "none"
 
 
 def _split(recipe, index):
