@@ -15,9 +15,9 @@ import numpy as np
 import medsynth_jax
 from medsynth_jax import checkpoint, outputs, windows
 from medsynth_jax.data import case, volumes
-from medsynth_jax.data.displacements import determinants
 from medsynth_jax.data.intensities import to_model
 from medsynth_jax.errors import UserError
+from medsynth_jax.nets.warp import folding
 
 FOUND = ("folded", "mean_length_mm")  # what the sidecar tells of the field
 CONVENTION = ("displacement in mm along the axes x (to the patient's right), y (to the front) and z"
@@ -110,10 +110,10 @@ def measured(pixels: np.ndarray, field: np.ndarray, inside: np.ndarray, plane: i
              ) -> dict[str, Any]:
   """The share of the voxels `inside` where the field folds, and its mean length there.
 
-  A fold is a determinant of the Jacobian of p + u(p) of 0 or less, of slices in the slice.
+  Folds are counted as evaluation counts them, see `warp.folding`; of slices in the slice.
   """
-  least = determinants(pixels) if pixels.shape[-1] == 3 else np.stack(
-    [determinants(u) for u in pixels])
-  folded = np.moveaxis(least, 0, plane)[inside] <= 0
-  return dict(zip(FOUND, (float(folded.mean()),
-                          float(np.linalg.norm(field[inside], axis=-1).mean())), strict=True))
+  mask = np.moveaxis(inside, plane, 0)[..., None].astype(np.float32)
+  deep = pixels.shape[-1] == 3
+  folded = folding(pixels[None], mask[None]) if deep else folding(pixels, mask)
+  return dict(zip(FOUND, (float(folded), float(np.linalg.norm(field[inside], axis=-1).mean())),
+                  strict=True))

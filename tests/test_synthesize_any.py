@@ -250,6 +250,9 @@ def test_share_of_folded_voxels(rank):
   found = flows.measured(u, field, inside, 0)
   assert found["folded"] == pytest.approx(0.5, abs=0.13)
   assert found["mean_length_mm"] == pytest.approx(np.abs(u[0, 0, :, -1]).mean())
+  u[..., -1] = -1.5 * (np.arange(8) % 2)  # every other voxel passes its neighbour
+  inside[:, :, :4] = False
+  assert flows.measured(u, field, inside, 0)["folded"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("jobs, message", [
