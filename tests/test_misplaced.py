@@ -140,6 +140,25 @@ def test_a_displacement_that_folds_is_refused_at_once(store):
     check(info, make_task(fields().data, info), ConfigDict(configs.stage("x", displace=90.0)))
 
 
+def test_a_volume_is_not_displaced_anew_for_each_patch(store):
+  section = ConfigDict(configs.stage("x", displace=1.0, redraw=True))
+  task = make_task(fields(size="4,32,32").data, store.info)
+  with pytest.raises(UserError, match="redraw with 3-D patches: .* set redraw=False, or displace"):
+    check(store.info, task, section)
+  for changes in ({"displace": 0.0, "misalign": 1.0}, {"redraw": False}):
+    check(store.info, task, ConfigDict({**section, **changes}))
+  check(store.info, make_task(fields().data, store.info), section)
+
+
+def test_few_fields_of_whole_volumes_are_kept():
+  """Many of slices, which are small: those of a volume of 256 x 256 x 128 take 0.1 GB each."""
+  augment = Augment(displace=1)
+  for shape, kept in (((20, 24), 5), ((6, 8, 8), 2)):
+    one, *_ = (moved(augment, v, shape=shape, spacing=(5.0,) * len(shape)) for v in range(5))
+    again = moved(augment, 0, shape=shape, spacing=(5.0,) * len(shape))
+    assert (again is one) == (kept == 5) and equal(one, again)
+
+
 def test_an_image_is_not_displaced_against_itself(store):
   with pytest.raises(UserError, match="cannot be misaligned with itself; set displace=0"):
     batches(store, fields(), 1, draw="single", displace=1.0)

@@ -12,7 +12,8 @@ from medsynth_jax.data.displacements import displacement, pixels, sample
 from medsynth_jax.data.examples import BACKGROUND
 from medsynth_jax.errors import UserError
 
-REMEMBERED = 64  # volumes whose fixed misalignment is kept
+# how many fixed misalignments are kept, of slices and of whole volumes (0.1 GB each)
+REMEMBERED = {2: 64, 3: 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,14 @@ def misplaced(augment: Augment, volume: int, shape: tuple[int, ...], spacing: tu
   """
   if augment.redraw:
     return _misplaced(augment, shape, spacing, rng.spawn(1)[0])
-  return _fixed(augment, volume, shape, spacing)
+  return _FIXED[len(shape)](augment, volume, shape, spacing)
 
 
-@functools.lru_cache(REMEMBERED)
 def _fixed(augment: Augment, volume: int, shape, spacing) -> Misplaced:
   return _misplaced(augment, shape, spacing, np.random.default_rng([augment.seed, volume]))
+
+
+_FIXED = {rank: functools.lru_cache(most)(_fixed) for rank, most in REMEMBERED.items()}
 
 
 def _misplaced(augment: Augment, shape, spacing, rng: np.random.Generator) -> Misplaced:

@@ -28,8 +28,8 @@ def check(info: Info, task: Task, section: ConfigDict) -> None:
 
   Raises:
     UserError: an unknown `draw` or `balance`; a draw that does not fit the task; a simulated
-      misalignment of what has no other side, or one that folds; folds that the data set does not
-      have.
+      misalignment of what has no other side, one that folds, or of whole volumes at every draw;
+      folds that the data set does not have.
   """
   draw, balance, folds = section.draw, section.get("balance", ""), len(configs.folds(section))
   if draw not in DRAWS:
@@ -43,6 +43,9 @@ def check(info: Info, task: Task, section: ConfigDict) -> None:
       "every image is source and target, so that none is the misaligned one"
     raise UserError(f"draw={draw!r}: {why}; set {apart}=0")
   if section.get("displace", 0):
+    if section.get("redraw", False) and len(task.size) == 3:
+      raise UserError("redraw with 3-D patches: each patch would need the displacement of its whole"
+                      " volume anew; set redraw=False, or displace=0")
     _check_displacement(info, task, section.displace)
   check_folds(info, folds)
 
