@@ -127,7 +127,7 @@ def _s3(results: Results, target: str, summary) -> list[str]:
           " minimum in it; range: the reference's maximum - minimum in the mask (VIF's 0..255); VIF"
           f" means over slices with {s3.ENOUGH:.0%} mask or more, weighted by its voxels:",
           *_grid(results, summary, s3.METRICS, spread=True),
-          *results.s3[target].lines(summary, results.count(target))]
+          *results.s3[target].lines(results.source, summary, results.count(target))]
 
 
 def _groups(results: Results, target: str) -> list[str]:

@@ -261,7 +261,7 @@ def _scaling(results: Results, target: str) -> dict[str, Any]:
     found |= {"made": "rendered from the synthetic SUV" if results.rendered else "learned",
               "correlated_slices": f"{uptake.LEAST} mask voxels or more"}
   if target in results.s3:
-    found["s3"] = results.s3[target].described()
+    found["s3"] = results.s3[target].described(results.source)
   if results.lumen and scale.unit == "HU":
     found["lumen"] = {"region": results.lumen[0], "above_hu": results.lumen[1],
                       "within_voxels": REACH}

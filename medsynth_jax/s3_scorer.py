@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from medsynth_jax.data.dataset import Store
+from medsynth_jax.data.dataset import Case, Store
 from medsynth_jax.metrics import niqe, s3
+from medsynth_jax.metrics.summary import per_subject
 from medsynth_jax.scoring import Scale
 
 NIQE = ("niqe_live_s3", "niqe_fitted_s3")
 
 
 class S3Scorer:
-  """S3's metrics of one target; `real` collects the NIQE of the real images of scored volumes.
+  """S3's metrics of one target; `real` {source: {volume: (subject, NIQE of its real image)}}.
 
   NIQE sees normalised intensities, 0..1 as grey levels 0..255: a scale that needs no reference.
   """
@@ -35,18 +36,19 @@ class S3Scorer:
     reference = self.scale.reference(arrays["images"][target], case.images[target].target)
     return s3.shown(reference, arrays["mask"] & arrays["valid"][target], self.scale.background)
 
-  def score(self, number: int, reference: np.ndarray, image: np.ndarray, mask: np.ndarray
-            ) -> dict[str, float]:
-    """`s3.METRICS` of an image of volume `number`, both in the unit of scores; see `s3.scores`."""
-    if number not in self.real:
-      self.real[number] = self._naturalness(reference, mask)
+  def score(self, source: str, case: Case, reference: np.ndarray, image: np.ndarray,
+            mask: np.ndarray) -> dict[str, float]:
+    """`s3.METRICS` of an image of a case, both in the unit of scores; see `s3.scores`."""
+    real = self.real.setdefault(source, {})
+    if case.volume not in real:  # once, not for every row
+      real[case.volume] = case.subject, self._naturalness(reference, mask)
     return {**s3.scores(reference, image, mask), **self._naturalness(image, mask)}
 
   def _naturalness(self, image, mask) -> dict[str, float]:
     return s3.naturalness(s3.shown(image, mask, self.scale.background), self.scale.data_range,
                           self.model)
 
-  def described(self) -> dict[str, Any]:
+  def described(self, source: str) -> dict[str, Any]:
     """What summary.json says of it."""
     model = self.model
     fitted = {"absent": self.absent} if model is None else {
@@ -57,14 +59,16 @@ class S3Scorer:
             "slices": f"VIF and NIQE: {s3.ENOUGH} of the pixels in the mask, or more",
             "niqe_scale": f"0..{self.scale.data_range:g} as 0..255", "niqe": "pooled over slices",
             "niqe_live": {"block": niqe.live().block}, "niqe_fitted": fitted,
-            "niqe_of_real_images": self.of_real()}
+            "niqe_of_real_images": self.of_real(source)}
 
-  def of_real(self) -> dict[str, float | None]:
-    """{metric: NIQE of the real images, mean over the scored volumes; None where none has it}."""
-    values = {m: [x[m] for x in self.real.values() if not np.isnan(x[m])] for m in NIQE}
+  def of_real(self, source: str) -> dict[str, float | None]:
+    """{metric: NIQE of the real images, mean over the subjects scored; None where none has it}."""
+    subjects = per_subject(self.real.get(source, {}).values()).values()
+    values = {m: [x[m] for x in subjects if not np.isnan(x[m])] for m in NIQE}
     return {m: float(np.mean(x)) if x else None for m, x in values.items()}
 
-  def lines(self, summary: Mapping[str, Mapping[str, Any]], subjects: int) -> list[str]:
+  def lines(self, source: str, summary: Mapping[str, Mapping[str, Any]], subjects: int
+            ) -> list[str]:
     """What the table says below the numbers: NIQE's models, real images, and what is absent."""
     live, model = niqe.live(), self.model
     fitted = f"no fitted model ({self.absent})" if model is None else (
@@ -73,7 +77,7 @@ class S3Scorer:
     lines = [f"NIQE, blocks of a volume pooled, 0..{self.scale.data_range:g} as grey levels 0..255"
              " (lower is better), slices cut to whole blocks from their first row and column:"
              f" LIVE's model of natural images, blocks of {live.block}; {fitted}."]
-    real = [f"{m} {x:.2f}" for m, x in self.of_real().items() if x is not None]
+    real = [f"{m} {x:.2f}" for m, x in self.of_real(source).items() if x is not None]
     lines += [f"The real images score {', '.join(real)}."] if real else []
     for metric, need in s3.NEEDS.items():
       counts = {row[metric]["n"] for row in summary.values()}

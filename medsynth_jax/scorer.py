@@ -117,8 +117,8 @@ class Scorer:
       scores = scoring.score(self.scales[volume.target], volume.reference, image, volume.mask,
                              volume.rois, self.protocols[volume.target], self.lumen)
       if volume.target in self.s3:
-        scores |= self.s3[volume.target].score(volume.case.volume, volume.reference, image,
-                                               volume.mask)
+        scores |= self.s3[volume.target].score(self.task.direction, volume.case, volume.reference,
+                                               image, volume.mask)
       return scores
     except ValueError as error:
       raise UserError(f"case {volume.case.name}, {row}: {error}") from None

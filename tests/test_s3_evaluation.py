@@ -1,6 +1,7 @@
 """S3's metrics in an evaluation: columns, the fitted NIQE model, and what is told of both."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from medsynth_jax import evaluate, methods, run, scoring
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.errors import UserError
 from medsynth_jax.metrics import niqe, s3
+from medsynth_jax.s3_scorer import NIQE
 from medsynth_jax.scorer import Scorer
 
 SPLITS = ("train",) * 3 + ("validation", "test", "test")
@@ -117,6 +119,23 @@ def test_without_enough_blocks_there_is_no_fitted_model(tmp_path):
   told = summary(here)["protocol"]["targets"]["b"]["s3"]
   assert "30 images have 0" in told["niqe_fitted"]["absent"]
   assert told["niqe_of_real_images"] == {"niqe_live_s3": None, "niqe_fitted_s3": None}
+
+
+def test_real_images_are_those_of_the_direction_by_subject(large, monkeypatch):
+  here, _ = large
+  here.config.evaluation.s3 = True
+  store = Store(here.config.data.dir)
+  case = store.info.split("test")[0]
+  found = Scorer(here, store, {"b": [case]}).s3["b"]
+  monkeypatch.setattr(s3, "scores", lambda *_: {})
+  monkeypatch.setattr(found, "_naturalness", lambda image, mask: dict.fromkeys(NIQE, image))
+  for source, subject, volume, niqe_of in (
+      ("a", "s1", 1, 1.0), ("a", "s1", 2, 3.0), ("a", "s2", 3, 8.0), ("c", "s3", 4, 100.0)):
+    found.score(source, dataclasses.replace(case, subject=subject, volume=volume), niqe_of, 0.0, 0)
+  assert found.of_real("a") == dict.fromkeys(NIQE, 5.0)
+  assert found.described("c")["niqe_of_real_images"] == dict.fromkeys(NIQE, 100.0)
+  summary = {"row": {m: {"n": 2} for m in s3.NEEDS}}
+  assert "niqe_live_s3 5.00, niqe_fitted_s3 5.00." in found.lines("a", summary, 2)[1]
 
 
 def test_only_where_it_is_asked_for_and_only_mr(large, tmp_path):
