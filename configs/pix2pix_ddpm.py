@@ -6,15 +6,15 @@
 Stages: pix2pix, fold_0 and fold_1 (the same without one fold: they make the coarse images that the
 DDPM is trained on), ddpm, and a U-Net that nobody needs. SUV is synthesised and shown in colour on
 the MR; `--config.data.targets=fusion` learns the colours themselves. Built-in simulated data of
-4 mm (16 training, 2 test subjects), PSNR / SSIM in the body; 28 CPU minutes, the mean of 8 samples
+4 mm (16 training, 2 test subjects), PSNR / SSIM in the body; 17 CPU minutes, the mean of 8 samples
 3 more:
 
                               T2 -> PET        T2 -> fusion (rendered)
   floor (best row)            25.35 / 0.679    24.63 / 0.946
   pix2pix                     26.24 / 0.807    23.87 / 0.940
-  ddpm, one sample            24.95 / 0.752    22.50 / 0.920
-  ddpm, mean of 8 samples     26.62 / 0.803    24.35 / 0.946
-  unet                        26.68 / 0.828    24.27 / 0.947
+  ddpm, one sample            24.40 / 0.746    21.85 / 0.914
+  ddpm, mean of 8 samples     26.25 / 0.802    23.94 / 0.942
+  unet                        26.29 / 0.818    23.93 / 0.938
 
 Copying the MR already gives 23.65 / 0.946 on the fusion image. No MR tells a subject's overall
 uptake, which differs by 20 % here. `:paper` has S0's and Palette's recipes and has not been run.
@@ -56,12 +56,12 @@ def laptop(config):
   config.pix2pix.generator.update(base=24, dropout=0.0, max_depth=4)
   config.pix2pix.discriminator.update(base=16, n_layers=2)
   config.pix2pix.optim.update(lr=4e-3, schedule="linear", hold=0.3, ema=0.99)
-  config.ddpm.update(steps=4000, batch_size=4)
+  config.ddpm.update(steps=2000, batch_size=4)
   config.ddpm.network.update(base=16, multiples=(1, 2, 4), blocks=1, groups=4, dropout=0.0)
   config.ddpm.diffusion.update(prediction="v")
   config.ddpm.sampler.update(name="dpm++", steps=15)
   config.ddpm.optim.update(lr=1e-3, schedule="cosine", ema=0.995, clip=1.0)
-  config.unet.update(steps=6000, batch_size=2)
+  config.unet.update(steps=3000, batch_size=2)
   config.unet.generator.channels = (16, 32, 64, 128)
   config.unet.optim.update(lr=4e-3, schedule="cosine", ema=0.99)
   config.update(validate_every=2000, validation_slices=16)
