@@ -28,7 +28,10 @@ def laptop(config):
 
 
 def paper(config):
-  """The paper's: Adam 2e-4 (0.5, 0.999), batch 1, 100 epochs and 100 more linearly to 0."""
+  """The paper's: Adam 2e-4 (0.5, 0.999), batch 1, 100 epochs and 100 more linearly to 0.
+
+  Epochs are of 2000 slices here.
+  """
   config.data.size = "256,256"
   config.data.augment.update(zoom=1.117, shift=0.058, flip=True)
   config.steps, config.batch_size = 400_000, 1

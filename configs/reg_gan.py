@@ -9,14 +9,15 @@ from medsynth_jax import config as common
 def get_config(variant: str = ""):
   config = common.single("reg_gan", common.base(), gan="lsgan", conditional=False, adversarial=1.0,
                          correction=20.0, smoothness=10.0, mean_flow=0.0, l1=0.0, cycle=0.0)
-  config.bright = {"weight": 0.0, "above": 0.0, "low": 0.0, "high": 1.0}
+  config.bright = {"weight": 0.0, "above": 0.0}
   config.data.channels = "one"
   config.generator = {"name": "resnet", "initializer": "torch"}
   config.discriminator = {"name": "patchgan", "norm": "instance", "initializer": "torch",
                           "pooled": True}
   config.registration = {"name": "registration_resunet"}
   config.optim.update(lr=1e-4, b1=0.5)
-  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})
+  return common.choose(config, variant, {"": laptop, "paper": paper, "test": test,
+                                         "pix2pix": pix2pix})
 
 
 def laptop(config):
@@ -33,11 +34,17 @@ def laptop(config):
 
 
 def paper(config):
-  """RegGAN's: Adam 1e-4 (0.5, 0.999) without decay, batch 1, 80 epochs."""
+  """RegGAN's: Adam 1e-4 (0.5, 0.999) without decay, batch 1, 80 epochs (here of 5000 slices)."""
   config.data.size = "256,256"
   config.steps, config.batch_size = 400_000, 1
   config.optim.ema = 0.0
   config.validate_every = 10_000
+
+
+def pix2pix(config):
+  """RegGAN's pix2pix: the laptop variant's nets, no registration, L1 against the target itself."""
+  laptop(config)
+  config.update(correction=0.0, smoothness=0.0, l1=100.0)
 
 
 def test(config):

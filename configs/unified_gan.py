@@ -11,7 +11,7 @@ def get_config(variant: str = ""):
   config.data.update(source="any", targets="t1,t1c,t2,flair")
   config.generator = {"name": "stargan_generator", "base": 64, "blocks": 6}
   config.discriminator = {"name": "stargan_discriminator", "base": 64, "layers": 6}
-  config.update(classify=1.0, penalty=10.0, cycle=10.0, l1=10.0)
+  config.update(classification=1.0, penalty=10.0, cycle=10.0, l1=10.0)
   config.optim.update(b1=0.5)
   config.evaluation.s3 = True
   return common.choose(config, variant, {"": laptop, "paper": paper, "test": test})

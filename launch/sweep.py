@@ -4,10 +4,12 @@ python -m launch.sweep --config=configs/pix2pix.py,configs/unet.py:paper --out=S
     --grid config.optim.lr=1e-4,2e-4 --seeds=3 [--config.any.field=value ...]
     [--backend=local|slurm|tpu] [--jobs=1] [--dry-run]
 
-The robustness curve (misalignment levels of the training pairs, scored on aligned subjects):
+The robustness curve (misalignment levels of the training pairs, scored on aligned subjects; the
+same data, generator and steps for all three, checkpoints chosen on aligned validation subjects):
 
-python -m launch.sweep --config=configs/pix2pix.py,configs/reg_gan.py,configs/cyclegan.py
-    --grid config.misalign=0,1,2,3,4,5 --out=SWEEP
+python -m launch.sweep
+    --config=configs/reg_gan.py:pix2pix,configs/reg_gan.py,configs/cyclegan.py
+    --grid config.misalign=0,1,2,3,4,5 --config.displace=0 --config.redraw=True --out=SWEEP
 
 Each trial is one `python -m medsynth_jax.main` with a run folder of its own, SWEEP/<trial>; its
 output lies in SWEEP/logs/<trial>.txt. Trials without `data.dir` share one built-in data set,

@@ -196,14 +196,23 @@ def draw(lines: Sequence[Mapping], axes: Sequence[str], path: Path) -> None:
 
 def _floor(panel, lines: Sequence[Mapping], axis: str, places: Mapping, metric: str) -> None:
   for grey, (row, dashes) in zip(("0.25", "0.6"), DASHED.items(), strict=True):
-    points = grouped([line for line in lines if line["row"] == row], (axis,))
-    if not points:
+    own = [line for line in lines if line["row"] == row]
+    points = grouped(own, (axis,))
+    # a mean over configs of different data would be nobody's floor
+    if not points or not all(alike(grouped(part, ("config",)).values()) for part in
+                             _apart(own, axis)):
       continue
     style = {"color": grey, "linestyle": dashes, "linewidth": 1.5, "label": f"{row} (floor)"}
     if alike(points.values()):
       panel.axhline(next(iter(points.values()))[metric][0], **style)
     else:
       panel.plot(*_xy(points, places, metric)[:2], **style)
+
+
+def _apart(lines: Sequence[Mapping], axis: str) -> list[list[Mapping]]:
+  """The lines of each value of the axis."""
+  values = dict.fromkeys(line[axis] for line in lines)
+  return [[line for line in lines if line[axis] == value] for value in values]
 
 
 def _curves(panel, lines: Sequence[Mapping], axis: str, places: Mapping, metric: str,

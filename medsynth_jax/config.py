@@ -56,7 +56,7 @@ def base(**fields) -> ConfigDict:
       "context": 0,            # 2.5-D: neighbouring slices on each side
       "missing": "skip",       # a case that lacks a source: "skip", or "zero" (a presence channel)
       "threads": 4, "prefetch": 2,
-      "augment": {             # drawn anew for every example: see `pipeline.Augment`
+      "augment": {             # drawn anew for every example: see `augment.Augment`
         "flip": False, "rotate": 0.0, "shift": 0.0, "scale": 0.0, "zoom": 1.0,
         "gamma": 0.0, "contrast": 0.0},
       "simulated": {           # the built-in data set: see `phantom.write`
@@ -134,9 +134,10 @@ def target_channels(config: ConfigDict) -> int:
 def check_symmetric(config: ConfigDict, stage: str) -> None:
   """A UserError unless a source looks like a target: what a method needs that also goes back."""
   data = config.data
-  if data.channels != "one" or data.context or len(names(data.source)) != 1:
+  if (data.channels != "one" or data.context or len(names(data.source)) != 1
+      or target_channels(config) != 1):
     raise UserError(f"stage '{stage}' also makes the source from the target: set data.channels=one,"
-                    " data.context=0 and one data.source")
+                    " data.context=0, one data.source and a target of one channel")
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ Batch (arrays only; names stay in dataset.json), `*space` 2-D or 3-D:
   target           [B, *space, C]  float32 in [-1, 1], C 1 (3 for a fusion image); removed before
                                    `synthesize`
   valid            [B, *space, 1]  1 where source and target were both measured: weights every
-                                   reconstruction loss; unpaired: where the source was
+                                   reconstruction loss; without a paired target: where the source
+                                   was
   target_valid     [B, *space, 1]  the same; unpaired: where the other subject's target was
   mask             [B, *space, 1]  body and valid, for scores
   source_modality, target_modality, subject, volume, slice, fold   [B] int32
@@ -50,6 +51,7 @@ class Method(NamedTuple):
   aux: batch -> {name: array}; sees_target: reconstructs the target, a bound never offered to users
   factor: every spatial size must be a multiple of it
   many_targets: makes the modality that the batch's `target_modality` names
+  draws: the ways of drawing source and target (`config.draw`) that it can be trained with
   many_sources: takes any one of several modalities, which the batch's `source_modality` names
   stochastic: synthesis draws a sample; the batch's `sample` says which
   flow: (served state, batch) -> [B, *space, rank] pixels, or None: the target shows at p what the
@@ -66,6 +68,7 @@ class Method(NamedTuple):
   factor: int = 1
   many_targets: bool = False
   many_sources: bool = False
+  draws: tuple[str, ...] = ("pair",)
   stochastic: bool = False
   note: str = ""
   flow: Callable | None = None
@@ -141,6 +144,6 @@ def example_keys(key: jax.Array, batch: Batch, noise: str = "slice") -> jax.Arra
   return jax.vmap(lambda sample, k: fold(fold(key, sample), k))(samples, slices)
 
 
-def category(batch: Batch, codes: Sequence[int]) -> jax.Array:
-  """The place [B] of each example's target modality in `codes`, the numbers of the targets."""
-  return jnp.argmax(batch["target_modality"][:, None] == jnp.asarray(codes), -1)
+def category(modality: jax.Array, codes: Sequence[int]) -> jax.Array:
+  """The place [B] of each example's modality [B] in `codes`, the numbers of the targets."""
+  return jnp.argmax(modality[:, None] == jnp.asarray(codes), -1)

@@ -73,14 +73,12 @@ def gradient_penalty(judge: Callable, real: jax.Array, fake: jax.Array, key: jax
                      ) -> jax.Array:
   """Mean over examples of (|d judge / d z| - 1)^2 at z = u real + (1 - u) fake, u ~ U(0, 1).
 
-  `judge` gives the patch values of images [B, *space, C]; the norm is over all pixels of an example
-  (Gulrajani et al., arXiv 1704.00028).
+  `judge` gives the patch values of images [B, *space, C], of which the sum is derived, as StarGAN
+  does; the norm is over all pixels of an example (Gulrajani et al., arXiv 1704.00028).
   """
   u = jax.random.uniform(key, (len(real),) + (1,) * (real.ndim - 1))
-  def total(z):  # an example's value depends on that example alone
-    values = judge(z)
-    return values.reshape(len(values), -1).mean(1).sum()
-  slope = jax.grad(total)(u * real + (1 - u) * fake).reshape(len(real), -1)
+  # an example's values depend on that example alone
+  slope = jax.grad(lambda z: judge(z).sum())(u * real + (1 - u) * fake).reshape(len(real), -1)
   # the square root has no derivative at 0, where an untrained discriminator may be
   return jnp.square(jnp.sqrt(jnp.square(slope).sum(1) + 1e-12) - 1).mean()
 

@@ -216,6 +216,7 @@ def build(config: ConfigDict, info: Info, folder: Path) -> Run:
   """
   mesh = sharding.make_mesh(config.mesh.fsdp)
   methods: dict[str, Method] = {}
+  make_task(config.data, info)  # what is wrong with the data fields is told first
   for stage, section in configs.stages(config).items():
     methods[stage] = METHODS[section.method](config, stage, info, methods)
   factor = math.lcm(*(m.factor for m in methods.values()))
@@ -265,6 +266,10 @@ def start(config: ConfigDict, info: Info, folder: Path) -> Run:
     raise UserError(f"synthesis.noise={config.synthesis.noise!r}: choose one of"
                     f" {', '.join(NOISES)}")
   for stage, section in run.sections.items():  # refused now, not when its turn has come
+    allowed = run.methods[stage].draws
+    if section.draw in draws.DRAWS and section.draw not in allowed:
+      raise UserError(f"stage '{stage}': draw={section.draw!r} is not for {section.method}; set"
+                      f" {' or '.join(map(repr, allowed))}")
     draws.check(info, run.task, section)
     draws.training_index(info, run.task, section.exclude_fold, section.draw)
     if not (folder / stage).exists():

@@ -190,8 +190,8 @@ def gains_build(config, stage, info, stages):
   codes = [info.index(n) for n in names]
 
   def made(params, batch):
-    source = category({"target_modality": batch["source_modality"]}, codes)
-    shift = params["shift"][category(batch, codes)] - 0.05 * source
+    source = category(batch["source_modality"], codes)
+    shift = params["shift"][category(batch["target_modality"], codes)] - 0.05 * source
     return jnp.clip(batch["source"] + shift.reshape((-1, *[1] * (batch["source"].ndim - 1))), -1, 1)
 
   def step(state, batch, key):

@@ -109,4 +109,4 @@ def test_keys_depend_on_sample_and_slice_only():
 
 def test_category_is_the_place_among_the_targets():
   batch = {"target_modality": jnp.array([4, 2, 4])}
-  assert category(batch, (2, 4)).tolist() == [1, 0, 1]
+  assert category(batch["target_modality"], (2, 4)).tolist() == [1, 0, 1]

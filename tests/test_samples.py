@@ -41,7 +41,7 @@ def drawn_build(config, stage, info, stages):
     keys = example_keys(key, batch, config.synthesis.noise)
     shape = (*batch["source"].shape[1:-1], channels)
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-    code = category(batch, codes)[:, None, None, None]
+    code = category(batch["target_modality"], codes)[:, None, None, None]
     image = 0.5 * batch["source"][..., :1] + 0.1 * section.guidance * code
     return jnp.clip(image + 0.02 * section.sampler.steps * noise, -1, 1)
 

@@ -66,16 +66,26 @@ class Misplaced:
   u: np.ndarray | None
 
 
+def child(rng: np.random.Generator) -> np.random.Generator:
+  """A stream of its own, by the state of `rng`, which it leaves as it is.
+
+  Not `rng.spawn`: that counts in the seed of the generator, which Grain uses again for other
+  examples, so that a child would depend on what was read before.
+  """
+  ahead = np.random.Generator(rng.bit_generator.jumped())
+  return np.random.default_rng(ahead.integers(2**63, size=4))
+
+
 def misplaced(augment: Augment, volume: int, shape: tuple[int, ...], spacing: tuple[float, ...],
               rng: np.random.Generator) -> Misplaced:
   """The misalignment of an example.
 
   Args:
     shape, spacing: of its slice, or of its volume where patches are trained on; spacing in mm.
-    rng: the example's; a child is taken of it where it is needed, so that no other draw changes.
+    rng: the example's; nothing is taken of it, so that no other draw changes.
   """
   if augment.redraw:
-    return _misplaced(augment, shape, spacing, rng.spawn(1)[0])
+    return _misplaced(augment, shape, spacing, child(rng))
   return _FIXED[len(shape)](augment, volume, shape, spacing)
 
 

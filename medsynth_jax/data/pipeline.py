@@ -144,7 +144,7 @@ class Examples:
     source = source[given.keep] if deep else stack_context(source)[None]
     if task.sources[0] in self.task.sources:
       # from a stream of its own, so that these fields change no other draw
-      source = augmentation.recoloured(source, self.augment, rng.spawn(1)[0])
+      source = augmentation.recoloured(source, self.augment, augmentation.child(rng))
     return given.as_source(source, 1)
 
   def _measured(self, given: _Taken, lent: _Taken, task: Task, target: str

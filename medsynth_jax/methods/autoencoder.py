@@ -118,4 +118,5 @@ def _features(fields):
   """
   if not fields.weight:
     return None
-  return lambda: perceptual.load_weights(fields.weights)
+  return lambda: perceptual.load_weights(fields.weights,
+                draws=("pair", "single"))

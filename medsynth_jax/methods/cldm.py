@@ -68,7 +68,7 @@ def build(config, stage, info, methods) -> Method:
     source = encode_source(state, batch)
     noisy, level, wanted, weight = process.corrupted(noise_key, clean)
     dropped = jax.random.bernoulli(code_key, section.code_dropout, (len(clean),))
-    code = jnp.where(dropped, null, category(batch, codes))
+    code = jnp.where(dropped, null, category(batch["target_modality"], codes))
     seen = shrunk(losses.pixel_weight(batch))
 
     def loss(params):
@@ -88,7 +88,7 @@ def build(config, stage, info, methods) -> Method:
 
   def synthesize(state, batch, key):
     source = encode_source(state, batch)
-    code = category(batch, codes)
+    code = category(batch["target_modality"], codes)
     def denoise(x, level, code):
       return network.apply({"params": state.nets["denoiser"]}, jnp.concatenate([x, source], -1),
                            level, code)

@@ -22,15 +22,19 @@ def build(config, stage, info, methods) -> Method:
 
     adversarial  (D(G(x)) - 1)^2; D sees the image alone, with `conditional` the source too
     correction   L1 of warp(G(x), phi) against the target y, phi = R(G(x), y) in pixels
-    smoothness   squared differences of phi between neighbours
-    mean_flow    |mean of phi|: G and R could share a global shift, which only a conditional D sees
+    smoothness   squared differences of phi between neighbours, everywhere: phi has to go on where
+                 nothing was measured
+    mean_flow    |mean of phi| of each example: G and R could share a global shift, which only a
+                 conditional D sees; a shift that a pair really has is punished too
     l1           L1 of G(x) itself against y
     cycle        L1 of each image made there and back, by a second generator and discriminator
-    bright       L1 in the window low..high where y is `above` (physical units), after the warp
+    bright       `weight` times L1 after the warp where y is `above` (physical units), averaged over
+                 all voxels, as in CTA-GAN's second stage
 
   A net whose weight is 0 does not exist, so that these are RegGAN's modes: NC+R as configured, NC
-  with correction 0, C+R with cycle 10, C with both. All gradients are taken at the old weights.
-  Synthesis uses G alone; `flow` gives phi.
+  (the adversarial loss alone) with correction 0, C+R with cycle 10, C with both. RegGAN shows D a
+  pool of earlier images in all modes but NC+R; here there is none. All gradients are taken at the
+  old weights. Synthesis uses G alone; `flow` gives phi.
 
   Raises:
     UserError: a cycle with sources in other channels than a target's, `mean_flow` without R.
@@ -48,7 +52,7 @@ def build(config, stage, info, methods) -> Method:
                             config.dtype)
   discriminator = registry.make(section.discriminator, config.dtype)
   registration = registry.make(section.registration, config.dtype)
-  bright = _bright(section.bright, info, names(config.data.targets)[0])
+  bright = info.to_model(names(config.data.targets)[0], section.bright.above)
 
   def make(params, image):
     return generator.apply({"params": params}, image)
@@ -96,7 +100,7 @@ def build(config, stage, info, methods) -> Method:
           space = tuple(range(1, flow.ndim - 1))
           parts["mean_flow"] = jnp.abs(flow.mean(space)).mean()
       if section.bright.weight:
-        parts["bright"] = bright(shown, b, weight)
+        parts["bright"] = losses.weighted_mean(jnp.abs(shown - b) * (b >= bright), weight)
       if section.cycle:
         fakes["discriminator_back"] = back = make(trained["generator_back"], b)
         parts["adversarial_back"] = adversarial(nets["discriminator_back"], b, back, seen, True)
@@ -134,16 +138,3 @@ def build(config, stage, info, methods) -> Method:
   return Method(init, step, synthesize, txs, keeps=keeps, factor=generator.factor,
                 flow=flow if registers else None)
 
-
-def _bright(fields, info, target):
-  """The loss of bright voxels in a window: (image, target, weight) -> mean over valid voxels.
-
-  Voxels of the target below `above` add nothing to the sum, as in CTA-GAN's code.
-  """
-  above, low, high = (info.to_model(target, fields[n]) for n in ("above", "low", "high"))
-  def windowed(x):
-    return jnp.clip(2 * (x - low) / (high - low) - 1, -1, 1)
-  def loss(image, wanted, weight):
-    error = jnp.abs(windowed(image) - windowed(wanted)) * (wanted >= above)
-    return losses.weighted_mean(error, weight)
-  return loss

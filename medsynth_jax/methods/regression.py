@@ -28,7 +28,7 @@ def build(config, stage, info, methods) -> Method:
     image = generator.apply({"params": params}, batch["source"], **options)
     if len(codes) == 1:
       return image
-    place = category(batch, codes).reshape((-1,) + (1,) * (image.ndim - 1))
+    place = category(batch["target_modality"], codes).reshape((-1,) + (1,) * (image.ndim - 1))
     return jnp.take_along_axis(image, place, -1)
 
   def init(key, batch):

@@ -13,17 +13,18 @@ from medsynth_jax.contract import Method, category, update
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import registry
 
-GENERATOR = ("gan", "class", "cycle", "l1")  # parts of the generator's loss
+GENERATOR = ("gan", "classification", "cycle", "l1")  # parts of the generator's loss
 
 
 def build(config, stage, info, methods) -> Method:
   """Fields: `generator`, `discriminator`, `n_critic`, `optim`, and the weights of the loss terms.
 
-  Discriminator: D(fake) - D(real) + `penalty` * gradient penalty + `classify` * cross-entropy of
-  the real image's own label. The real image is the source, so that cases with missing modalities
-  serve too. Generator, every `n_critic` batches: -D(fake) + `classify` * cross-entropy of the
-  wanted label + `cycle` * L1 of the image made back from it + `l1` * L1 against the target where
-  the case has it (0: the unpaired original).
+  Discriminator: D(fake) - D(real) + `penalty` * gradient penalty + `classification` *
+  cross-entropy of the real image's own label. The real image is the source, so that cases with
+  missing modalities serve too. Generator, every `n_critic` batches: -D(fake) + `classification` *
+  cross-entropy of the wanted label + `cycle` * L1 of the image made back from it + `l1` * L1
+  against the target where the case has it (0: the unpaired original). The wanted label is never
+  the image's own, which StarGAN draws too.
 
   Raises:
     UserError: another data.source than "any".
@@ -51,8 +52,7 @@ def build(config, stage, info, methods) -> Method:
 
   def step(state, batch, key):
     image, seen = batch["source"], batch["valid"]
-    own = category({"target_modality": batch["source_modality"]}, codes)
-    wanted = category(batch, codes)
+    own, wanted = (category(batch[n], codes) for n in ("source_modality", "target_modality"))
     real = losses.outside_background(image, seen)
     fake = losses.outside_background(make(state.nets["generator"], image, wanted), seen)
 
@@ -62,18 +62,18 @@ def build(config, stage, info, methods) -> Method:
                "penalty": losses.gradient_penalty(lambda z: judge(params, z)[0], real, fake, key),
                "own_class": losses.class_error(logits, own)}
       return (parts["wasserstein"] + section.penalty * parts["penalty"]
-              + section.classify * parts["own_class"]), parts
+              + section.classification * parts["own_class"]), parts
     grads, metrics = jax.grad(d_loss, has_aux=True)(state.nets["discriminator"])
     state = update(state, txs, discriminator=grads)
 
     def g_loss(params):
       made = make(params, image, wanted)
       values, logits = judge(state.nets["discriminator"], losses.outside_background(made, seen))
-      parts = {"gan": -values.mean(), "class": losses.class_error(logits, wanted),
+      parts = {"gan": -values.mean(), "classification": losses.class_error(logits, wanted),
                "cycle": losses.l1(make(params, made, own), image, seen),
                "l1": losses.l1(made, batch["target"], losses.pixel_weight(batch))}
-      return (parts["gan"] + section.classify * parts["class"] + section.cycle * parts["cycle"]
-              + section.l1 * parts["l1"]), parts
+      return (parts["gan"] + section.classification * parts["classification"]
+              + section.cycle * parts["cycle"] + section.l1 * parts["l1"]), parts
 
     def train_generator(state):
       grads, parts = jax.grad(g_loss, has_aux=True)(state.nets["generator"])
@@ -89,9 +89,10 @@ def build(config, stage, info, methods) -> Method:
 
   def synthesize(state, batch, key):
     del key
-    return make(state.nets["generator"], batch["source"], category(batch, codes))
+    return make(state.nets["generator"], batch["source"], category(batch["target_modality"], codes))
 
   txs = {"generator": optim.make(section.optim, section.steps, every=section.n_critic),
          "discriminator": optim.make(section.optim, section.steps, ema=False)}
   return Method(init, step, synthesize, txs, keeps=("generator",), aux=aux,
-                factor=generator.factor, many_targets=True, many_sources=True)
+                factor=generator.factor, many_targets=True, many_sources=True,
+                draws=("any",))
