@@ -21,10 +21,10 @@ def get_config(variant: str = ""):
 
 
 def laptop(config):
-  """Small nets; targets displaced by 4 mm, so that there is something to register."""
+  """Small nets; targets displaced by 8 mm, anew each time: there is something to register."""
   config.data.size = "48,64"
   config.data.simulated.spacing = "4,4,4"
-  config.displace = 4.0
+  config.displace, config.redraw, config.evaluation.displace = 8.0, True, 8.0
   config.steps, config.batch_size = 4000, 2
   config.generator.update(base=16, blocks=4)
   config.discriminator.update(base=16, n_layers=2)

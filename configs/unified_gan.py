@@ -21,7 +21,7 @@ def laptop(config):
   """Small images and nets: what two CPU cores train in minutes."""
   config.data.size = "48,64"
   config.data.simulated.spacing = "4,4,4"
-  config.steps, config.batch_size, config.n_critic = 4000, 4, 2
+  config.steps, config.batch_size, config.n_critic = 4000, 4, 1
   config.generator.update(base=24, blocks=4)
   config.discriminator.update(base=16, layers=4)
   config.optim.update(lr=1e-3, schedule="linear", hold=0.3, ema=0.99)
