@@ -100,6 +100,29 @@ def test_iterator_state_continues_exactly(store):
     assert all(np.array_equal(batch[n], other[n]) for n in batch)
 
 
+def test_streams_apart_do_not_depend_on_what_was_read_before(store):
+  """Recolouring and redrawn misalignment too resume exactly, and are shared by two processes.
+
+  Grain uses a generator again for other examples: `Generator.spawn` would count on.
+  """
+  augment = Augment(gamma=0.3, displace=2.0, misalign=1.0, redraw=True)
+  config = fields(threads=2)
+  section = ConfigDict(configs.stage("pix2pix", batch_size=4))
+  task = make_task(config.data, store.info)
+  stream = iter(training(store, task, augment, section, config, 0))
+  for _ in range(3):
+    next(stream)
+  state, later = stream.get_state(), next(stream)
+  again = iter(training(store, task, augment, section, config, 0))
+  again.set_state(state)
+  resumed = next(again)
+  for name, array in later.items():
+    np.testing.assert_array_equal(resumed[name], array)
+  halves = [batches(store, config, 4, augment, process, 2)[3] for process in (0, 1)]
+  together = np.concatenate([half["source"] for half in halves])
+  assert sorted(x.tobytes() for x in together) == sorted(x.tobytes() for x in later["source"])
+
+
 def test_one_draw_for_all_modalities(toy_data, store):
   """A target equal to the source stays equal under every shared transform, not under misalign."""
   case = store.info.cases[1]
