@@ -5,6 +5,7 @@ matrix has only the cases with every modality, on which directions can be compar
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import numpy as np
 
 from medsynth_jax.data.examples import Task
 from medsynth_jax.layout import aligned, number
+from medsynth_jax.metrics import s3
+from medsynth_jax.metrics.summary import higher_is_better
 from medsynth_jax.results import Results
 from medsynth_jax.scoring import ssim_name
 
 BESIDE = ("lut2", "constant")  # the rows of the floor that stand in the matrix
+WIDE = 4  # panels side by side
+DIGITS = {"psnr": ".1f", "niqe": ".2f"}  # of the picture's numbers; else .3f
 Cells = Mapping[tuple[str, str], tuple[float, int]]  # {(source, target): (mean, subjects)}
 
 
@@ -54,7 +59,7 @@ class Matrix:
     found = {}
     for pair in self.directions:
       both = [(rows[stage].get(pair), rows.get("lut2", {}).get(pair))
-              for metric, rows in self.scores.items() if metric != "mae"]
+              for metric, rows in self.scores.items() if metric not in ("mae", *s3.METRICS)]
       if both[0][0] is not None:
         known = all(own and floor and not np.isnan(own[0] - floor[0]) for own, floor in both)
         found["->".join(pair)] = all(own[0] > floor[0] for own, floor in both) if known else None
@@ -119,52 +124,63 @@ class Matrix:
   # --- picture -------------------------------------------------------------------------------
 
   def draw(self, path: Path) -> None:
-    """PSNR and SSIM of each stage, and under them how far they are above lut2."""
+    """PSNR and SSIM of each stage, and under them how far they are above lut2; below these S3's
+    metrics, if they were asked for."""
     from matplotlib.figure import Figure  # slow to import, and only evaluation draws
 
-    metrics = [m for m in self.scores if m != "mae"]
+    by_s3 = [m for m in self.scores if m in s3.METRICS]
+    lines = [[m for m in self.scores if m not in ("mae", *by_s3)],
+             *(by_s3[i:i + WIDE] for i in range(0, len(by_s3), WIDE))]
+    lines, wide = [*itertools.product(self.stages, lines)], max(map(len, lines))
     side = max(2.4, 0.95 * len(self.names))
-    figure = Figure(figsize=(len(metrics) * (side + 1.6), 2 * len(self.stages) * (side + 0.9)),
+    figure = Figure(figsize=(wide * (side + 1.6), 2 * len(lines) * (side + 0.9)),
                     layout="constrained")
     figure.suptitle(self.heading.replace(". ", ".\n"), fontsize=10)
-    grid = figure.subplots(2 * len(self.stages), len(metrics), squeeze=False)
-    for i, stage in enumerate(self.stages):
-      for j, metric in enumerate(metrics):
-        rows, title = self.scores[metric], _titled(metric)
+    grid = figure.subplots(2 * len(lines), wide, squeeze=False)
+    for i, (stage, metrics) in enumerate(lines):
+      for metric, above, below in zip(metrics, grid[2 * i], grid[2 * i + 1], strict=False):
+        rows = self.scores[metric]
         own, floor = rows[stage], rows.get("lut2", {})
         gain = {pair: (own[pair][0] - floor[pair][0], own[pair][1])
                 for pair in own if pair in floor}
-        self._panel(grid[2 * i][j], own, f"{stage}: {title}", "viridis", "{:.1f}"
-                    if metric == "psnr" else "{:.3f}")
-        self._panel(grid[2 * i + 1][j], gain, f"{stage} - lut2: {title}", "RdBu", "{:+.1f}"
-                    if metric == "psnr" else "{:+.3f}")
+        self._panel(above, own, stage, metric)
+        self._panel(below, gain, f"{stage} - lut2", metric, signed=True)
+      for axes in grid[2 * i:2 * i + 2, len(metrics):].flat:
+        axes.set_axis_off()
     figure.savefig(path, dpi=110)
 
-  def _panel(self, axes, cells: Cells, title: str, colours: str, form: str) -> None:
-    """One matrix in colours, its numbers and n in the cells; grey where nothing was scored."""
+  def _panel(self, axes, cells: Cells, name: str, metric: str, signed: bool = False) -> None:
+    """One matrix in colours, its numbers and n in the cells; grey where nothing was scored.
+
+    What is better is brighter, of differences bluer.
+    """
     image = np.array([[cells.get((s, t), (np.nan,))[0] for t in self.names] for s in self.names])
-    low, high = _limits(image[np.isfinite(image)], signed=colours == "RdBu")
-    drawn = axes.imshow(image, cmap=colours, vmin=low, vmax=high)
+    low, high = _limits(image[np.isfinite(image)], signed)
+    turned = "" if higher_is_better(metric) else "_r"
+    drawn = axes.imshow(image, cmap=("RdBu" if signed else "viridis") + turned, vmin=low, vmax=high)
+    form = ("+" if signed else "") + DIGITS.get(metric.split("_")[0], ".3f")
     axes.set_facecolor("0.85")
     for i, source in enumerate(self.names):
       for j, target in enumerate(self.names):
         if (source, target) in cells:
           mean, n = cells[source, target]
           share = (mean - low) / (high - low) if np.isfinite(mean) else 0.5
-          dark = share < 0.55 if colours == "viridis" else abs(share - 0.5) > 0.35
-          axes.text(j, i, f"{form.format(mean)}\nn = {n}", ha="center", va="center", fontsize=9,
-                    color="white" if dark else "black")
+          dark = abs(share - 0.5) > 0.35 if signed else (1 - share if turned else share) < 0.55
+          axes.text(j, i, f"{mean:{form}}\nn = {n}" if n else "-", ha="center", va="center",
+                    fontsize=9, color="white" if dark and n else "black")
         elif source != target:
           axes.text(j, i, "not\nscored", ha="center", va="center", fontsize=8, color="0.3")
     axes.set_xticks(range(len(self.names)), self.names)
     axes.set_yticks(range(len(self.names)), self.names)
     axes.set(xlabel="target", ylabel="source")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(f"{name}: {_titled(metric)}", fontsize=10)
     axes.figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
 
 
 def _titled(metric: str) -> str:
-  return "PSNR [dB]" if metric == "psnr" else metric.upper()
+  """ "PSNR [dB]", "NMAE_S3 (lower is better)"."""
+  unit = " [dB]" if metric.startswith("psnr") else ""
+  return metric.upper() + unit + ("" if higher_is_better(metric) else " (lower is better)")
 
 
 def _limits(values: np.ndarray, signed: bool) -> tuple[float, float]:
@@ -190,16 +206,20 @@ def make(parts: Sequence[Results], task: Task, split: str) -> Matrix:
   unit = {t: p.scales[t].unit for p in parts for t in p.scales}
   groups = {u: [t for t in names if unit.get(t) == u] for u in unit.values()}
   mae = [u if len(groups) == 1 else f"{u} ({', '.join(own)})" for u, own in groups.items()]
-  def scores(of=None):
+  def scores(metrics, of=None):
     return {metric: {row: _cells(parts, row, metric, of) for row in (*stages, *BESIDE)}
-            for metric in ("psnr", ssim, "mae")}
+            for metric in metrics}
+  by_s3 = [metric for metric, rows in scores(s3.METRICS).items()  # small slices do not have all
+           if any(n for cells in rows.values() for _, n in cells.values())]
+  metrics = ("psnr", ssim, "mae", *by_s3)
   subjects = len({s for p in parts for found in p.volumes.values() for s, *_ in found})
   heading = (f"The matrix of all directions: {'simulated data, ' if first.info.simulated else ''}"
              f"{subjects} {split} subjects. Mean over subjects (number of subjects).")
-  units = {"psnr": "dB", ssim: "", "mae": ", ".join(mae)}
+  units = {"psnr": "dB", ssim: "", "mae": ", ".join(mae),
+           **{m: "dB" if m == "psnr_s3" else "" for m in by_s3}}
   alone = tuple(c for c, own in cases.items() if len(own) < 2)
-  return Matrix(names, tuple(stages), units, scores(), scores(complete), complete,
-                scored != set(complete), alone, heading)
+  return Matrix(names, tuple(stages), units, scores(metrics), scores(metrics, complete),
+                complete, scored != set(complete), alone, heading)
 
 
 def _cells(parts: Sequence[Results], row: str, metric: str, cases: Collection[str] | None) -> Cells:
@@ -207,7 +227,7 @@ def _cells(parts: Sequence[Results], row: str, metric: str, cases: Collection[st
   found = {}
   for part in parts:
     for target in part.scales:
-      if (target, row) not in part.volumes:
+      if (target, row) not in part.volumes or (metric in s3.METRICS and target not in part.s3):
         continue
       values = np.array([s[metric] for s in part.subjects(target, row, cases=cases).values()])
       values = values[~np.isnan(values)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_toy_data
+from PIL import Image
 from test_report import changed, summary
 
 from medsynth_jax import code_switch, evaluate, methods, run
@@ -242,6 +243,32 @@ def test_files(scored):
   for pair in PAIRS:
     assert f"{pair}: simulated data, n = {N[pair]} test subjects" in table
   assert table.count("Synthesis by any") == 1
+
+
+def test_s3_metrics_where_they_are_asked_for(tmp_path, monkeypatch):
+  """Those that slices of 32 x 36 allow, of incomplete cases and of the common ones."""
+  data = make_toy_data(tmp_path / "data", shape=(32, 36, 14), modalities=("a", "b", "c"),
+                       splits=("train",) * 3 + ("validation", "test", "test"))
+  here, store = any_run(monkeypatch, data, tmp_path / "run", {5: {"c"}})
+  here.config.evaluation.s3 = True
+  table, found = evaluate.evaluate(here, store), summary(here)
+  names = ["psnr", "ssim", "mae", "nmae_s3", "psnr_s3", "ssim_s3", "niqe_fitted_s3"]
+  assert list(found["matrix"]["scores"]) == list(found["matrix"]["common"]) == names
+  for metric in names[3:]:
+    for row, cells in found["matrix"]["scores"][metric].items():
+      assert {p: c["n"] for p, c in cells.items()} == {p: 1 if "c" in p else 2 for p in PAIRS}
+      for pair in PAIRS:
+        wanted = found["scores"][pair][row][metric]["mean"]
+        assert float(cells[pair]["mean"]) == pytest.approx(float(wanted), rel=1e-6)
+    assert {c["n"] for c in found["matrix"]["common"][metric]["any"].values()} == {1}
+  assert table.count("PSNR_S3 [dB]\n") == table.count("NMAE_S3\n") == 2
+  # only PSNR and SSIM say what is above lut2
+  assert found["matrix"]["above_lut2"]["any"]["a->b"] is True
+  real = {pair: x["s3"]["niqe_of_real_images"]["niqe_fitted_s3"]
+          for pair, x in found["protocol"]["targets"].items()}
+  assert real["a->b"] == pytest.approx(real["c->b"], abs=1) and real["a->b"] != real["c->b"]
+  with Image.open(here.folder / "evaluation" / "matrix.png") as picture:
+    assert picture.size == (1958, 1650)  # two lines of four panels
 
 
 def test_a_target_is_fitted_for_s3_once(three, tmp_path, monkeypatch):
