@@ -70,9 +70,8 @@ class Switch:
 def lines(stage: str, switches: Mapping[str, Switch]) -> list[str]:
   """What is printed of a stage, from {source: its switch}; of several sources in short."""
   pairs = [(source, target) for source, s in switches.items() for target in s.targets]
-  codes = {c for s in switches.values() for c in s.codes}
-  codes = list(dict.fromkeys((*(s for s in switches if s in codes),
-                              *(c for s in switches.values() for c in s.codes))))
+  made = [c for s in switches.values() for c in s.codes]
+  codes = list(dict.fromkeys((*(s for s in switches if s in made), *made)))
   several = len(switches) > 1
   def cells(source, target):
     own = switches[source]
@@ -86,10 +85,10 @@ def lines(stage: str, switches: Mapping[str, Switch]) -> list[str]:
     *aligned([heads, *(cells(*pair) for pair in pairs)])]
   if not several:
     return found + [line for s in switches.values() for line in s.verdicts()]
-  def lost(beaten):
-    names = [f"{s}->{t}" for s, t in pairs if not beaten(switches[s], t)]
-    return f"{len(pairs) - len(names)} of {len(pairs)} directions" \
-      + (f" (not in {', '.join(names)})" if names else "")
-  closest = lost(lambda s, t: all(s.closer(t, c) for c in s.codes if c != t))
+  def where(beats):
+    lost = [f"{s}->{t}" for s, t in pairs if not beats(switches[s], t)]
+    return f"{len(pairs) - len(lost)} of {len(pairs)} directions" \
+      + (f" (not in {', '.join(lost)})" if lost else "")
+  closest = where(lambda s, t: all(s.closer(t, c) for c in s.codes if c != t))
   return [*found, f"The image of its own code is the closest to the target in {closest}; it beats"
-          f" {CONSTANT} in {lost(lambda s, t: s.closer(t, CONSTANT))}."]
+          f" {CONSTANT} in {where(lambda s, t: s.closer(t, CONSTANT))}."]
