@@ -87,7 +87,8 @@ def _part(scorer: Scorer, targets: Mapping[str, list[Case]], split: str, which: 
 def _same_data(here: Run, store: Store) -> None:
   if store.info.hash != here.info.hash:
     raise UserError(f"{store.folder} is not the data set that {here.folder} was trained on (their"
-                    " hashes differ); give that one by --data=DATA")
+                    f" hashes differ{run.modalities_apart(store.info, here.info)}); give that one"
+                    " by --data=DATA")
 
 
 def scored_cases(here: Run, split: str) -> list[tuple[Run, dict[str, list[Case]]]]:

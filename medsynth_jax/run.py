@@ -97,12 +97,13 @@ class Run:
     other, where = open_run(folder), f"{stage}.pretrained={folder}"
     if stage not in other.methods:
       raise UserError(f"{where}: that run has no such stage, only {', '.join(other.methods)}")
+    apart = modalities_apart(other.info, self.info)
     mine, theirs = _leaves(self.shape(stage).nets), _leaves(other.shape(stage).nets)
     for name in {**mine, **theirs}:
       if mine.get(name) != theirs.get(name):
         raise UserError(f"{where}: {name} is {theirs.get(name, 'absent')} there and"
-                        f" {mine.get(name, 'absent')} here; give the section '{stage}' the network"
-                        " fields that stand in that run's config.json")
+                        f" {mine.get(name, 'absent')} here{apart}; give the section '{stage}' the"
+                        " network fields that stand in that run's config.json")
     return other
 
   def pretrained(self, stage: str) -> dict[str, Any]:
@@ -172,6 +173,14 @@ class Run:
 
   def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_same(self.mesh, batch)
+
+
+def modalities_apart(other: Info, own: Info) -> str:
+  """ "; it knows 2 modalities (a, b), this run 3 modalities (a, b, c)"; of the same nothing."""
+  if other.names == own.names:
+    return ""
+  it, this = (f"{len(info.names)} modalities ({', '.join(info.names)})" for info in (other, own))
+  return f"; it knows {it}, this run {this}"
 
 
 def _leaves(nets) -> dict[str, tuple[int, ...]]:

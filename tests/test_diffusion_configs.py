@@ -4,7 +4,7 @@
 import jax
 import pytest
 from test_diffusion_methods import config_for
-from test_train import STAGED, equal, get_config, last_state
+from test_train import STAGED, equal, get_config, last_state, toy_config
 
 from medsynth_jax import run, train
 from medsynth_jax.data.dataset import Store, load_info
@@ -61,6 +61,14 @@ def test_pretrained_autoencoder(three, tmp_path):
   with pytest.raises(UserError, match=r"autoencoder.pretrained=.* there and .* here"):
     run.start(other, store.info, tmp_path / "third")
   assert not (tmp_path / "third").exists()
+
+
+def test_weights_for_other_modalities_are_told(three, toy_data, tmp_path):
+  run.start(toy_config("unified_gan", three), Store(three).info, tmp_path / "first")
+  config = toy_config("unified_gan", toy_data, pretrained=str(tmp_path / "first"))
+  with pytest.raises(UserError, match=r"here; it knows 3 modalities \(a, b, c\), this run 2"
+                                      r" modalities \(a, b\); give the section"):
+    run.start(config, Store(toy_data).info, tmp_path / "second")
 
 
 # --- refusals --------------------------------------------------------------------------------

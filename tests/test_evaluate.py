@@ -414,6 +414,12 @@ def test_another_data_set_is_refused(scored, toy_data):
     evaluate.evaluate(scored[0], Store(toy_data))
 
 
+def test_a_data_set_of_other_modalities_is_told(scored, three):
+  with pytest.raises(UserError, match=r"differ; it knows 3 modalities \(a, b, c\), this run 2"
+                                      r" modalities \(a, b\)\); give that one"):
+    evaluate.open_data(scored[0], str(three))
+
+
 def test_where_the_data_set_lies(scored, data, tmp_path):
   here, _ = scored
   assert evaluate.open_data(here).folder == str(data)
