@@ -201,7 +201,7 @@ def gains_build(config, stage, info, stages):
   txs = {"shift": optim.make(section.optim, section.steps)}
   return Method(lambda key, batch: {"shift": {"shift": 0.2 * jnp.arange(len(codes))}}, step,
                 lambda state, batch, key: made(state.nets["shift"], batch), txs, keeps=("shift",),
-                many_targets=True, many_sources=True)
+                many_targets=True, many_sources=True, draws=("any", "pair"))
 
 
 def gains_config(**data) -> ConfigDict:

@@ -196,7 +196,7 @@ def scale_build(config, stage, info, methods):
     return jnp.clip(state.nets["scale"]["factor"] * coarse(state, batch, key), -1, 1)
 
   txs = {"scale": optim.make(section.optim, section.steps)}
-  return Method(init, step, synthesize, txs, keeps=("scale",))
+  return Method(init, step, synthesize, txs, keeps=("scale",), draws=("pair", "unpaired"))
 
 
 def two_stages(data):
