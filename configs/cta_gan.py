@@ -4,6 +4,18 @@
 
 Stages: cta_gan, then vessels, which goes on from its generator and registration network with a loss
 of bright voxels and a new discriminator of two scales.
+
+Built-in simulated heads of 4 mm (16 training, 2 test subjects), training targets displaced by 8 mm,
+scored against aligned ones, PSNR / SSIM in the body; 6 CPU minutes:
+
+  cta_gan 28.73 / 0.868; vessels 29.63 / 0.887; constant 21.80 / 0.310; lut2 45.63 / 0.990;
+  identity 47.66 / 0.993
+
+The simulated CT and CTA differ in their vessels alone, thinner than a voxel here, so that copying
+the CT is hard to beat, and after this short run neither stage does. In the vessels the error is
+175 and 187 HU (identity 205, mean image 130). On test subjects displaced by a known 8 mm the flow of
+`vessels` is wrong by 4.1 mm where the zero flow is by 7.5 (ratio 0.54); the image is shifted by
+0.06 voxel. `:paper` has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,18 @@
 """RegGAN: pairs that do not line up, by a registration network (arXiv 2110.06465).
 
   python -m medsynth_jax.main --config=configs/reg_gan.py --workdir=runs/reg_gan
+
+Modes by fields: NC+R as it is; NC with `--config.correction=0 --config.smoothness=0`; C+R with
+`--config.cycle=10`; C with all three. `:pix2pix` is RegGAN's baseline without registration.
+
+Built-in simulated data of 4 mm (16 training, 2 test subjects), T1 -> T2, training targets displaced
+by 8 mm, scored against aligned ones, PSNR / SSIM in the body; 5 CPU minutes:
+
+  reg_gan 17.70 / 0.620; floor (best row) 14.96 / 0.249; ceiling 34.83 / 0.982
+
+On test subjects displaced by a known 8 mm the flow is wrong by 3.9 mm where the zero flow is by 8.4
+(ratio 0.46), without displacement it is 2.2 mm (half a voxel) long, nothing folds, and the image is
+shifted by 0.07 voxel against the aligned reference. `:paper` has not been run.
 """
 
 from medsynth_jax import config as common
