@@ -13,8 +13,8 @@ scored against aligned ones, PSNR / SSIM in the body; 6 CPU minutes:
 
 The simulated CT and CTA differ in their vessels alone, thinner than a voxel here, so that copying
 the CT is hard to beat, and after this short run neither stage does. In the vessels the error is
-175 and 187 HU (identity 205, mean image 130). On test subjects displaced by a known 8 mm the flow of
-`vessels` is wrong by 4.1 mm where the zero flow is by 7.5 (ratio 0.54); the image is shifted by
+175 and 187 HU (identity 205, mean image 130). On test subjects displaced by a known 8 mm the flow
+of `vessels` is wrong by 4.1 mm where the zero flow is by 7.5 (ratio 0.54); the image is shifted by
 0.06 voxel. `:paper` has not been run.
 """
 

@@ -73,10 +73,13 @@ class Run:
     make = functools.partial(create, self.methods[stage])
     return self._placed(jax.eval_shape(make, self.key(stage), example, frozen))
 
-  def _placed(self, tree):
-    places = sharding.parameter_shardings(self.mesh, tree)
+  def _placed(self, state: State) -> State:
+    """A state's shapes with shardings: its nets by the rule for parameters, `aux` replicated."""
+    places = sharding.parameter_shardings(self.mesh, state)
+    whole = sharding.replicated(self.mesh)
+    places = places.replace(aux=jax.tree.map(lambda _: whole, places.aux))
     return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p),
-                        tree, places)
+                        state, places)
 
   def restore(self, stage: str, which: str = "best") -> tuple[State, int]:
     """(served state, step) of a trained stage, its frozen stages included."""
