@@ -26,7 +26,7 @@ def start(name, data, fields=()):
   here = run.build(config, load_info(data), "nowhere")
   stage = list(here.methods)[0]
   method = here.methods[stage]
-  method.txs.update({net: optax.sgd(1.0) for net in method.txs})
+  method.txs.update({net: optax.sgd(1e-3) for net in method.txs})
   example = example_batch(here.task, here.info, config.get("draw", "pair"))
   key = here.key(stage)
   return method, drawn(jax.eval_shape(lambda k: create(method, k, example, {}), key), key), example

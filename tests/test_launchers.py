@@ -54,7 +54,9 @@ class Programs:
   def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(["bash", LAUNCH / script, *arguments], cwd=ROOT, text=True,
                             env={**self.environment, **environment}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            # a test run in the background ignores Ctrl-C, and so would the script
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
   def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
     process = self.start(script, *arguments, **environment)

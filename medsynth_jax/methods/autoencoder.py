@@ -99,7 +99,7 @@ def build(config, stage, info, methods) -> Method:
     txs["discriminator"] = optim.make(section.optim, section.steps, ema=False,
                                       lr=section.discriminator_lr)
   return Method(init, step, synthesize, txs, keeps=("autoencoder",), sees_target=True,
-                factor=autoencoder.factor, many_targets=True)
+                factor=autoencoder.factor, many_targets=True, draws=("pair", "single"))
 
 
 def _check(config, stage, section):
@@ -118,5 +118,4 @@ def _features(fields):
   """
   if not fields.weight:
     return None
-  return lambda: perceptual.load_weights(fields.weights,
-                draws=("pair", "single"))
+  return lambda: perceptual.load_weights(fields.weights)

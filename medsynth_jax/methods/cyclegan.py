@@ -90,5 +90,4 @@ def build(config, stage, info, methods) -> Method:
   txs = {name: optim.make(section.optim, section.steps, ema=name == "generator") for name in
          ("generator", "generator_back", "discriminator", "discriminator_back")}
   return Method(init, step, synthesize, txs, keeps=("generator",), aux=aux,
-                factor=generator.factor,
-                draws=("unpaired", "pair"))
+                factor=generator.factor, draws=("unpaired", "pair"))

@@ -35,5 +35,4 @@ def build(config, stage, info, methods) -> Method:
     return {name: jnp.zeros(()) for name in ("count", "sum", "squares", "scale")}
 
   return Method(lambda key, batch: {}, step, None, {}, aux=aux, many_targets=True,
-                factor=autoencoder.factor,
-                draws=("pair", "single"))
+                factor=autoencoder.factor, draws=("pair", "single"))
