@@ -1,6 +1,9 @@
 """CycleGAN: scans of different patients, none of whom needs both (arXiv 1703.10593).
 
   python -m medsynth_jax.main --config=configs/cyclegan.py --workdir=runs/cyclegan
+
+The best checkpoint is chosen on validation subjects that have both scans; without any it is the
+latest. The laptop variant has been run for a few steps only: no score is known yet.
 """
 
 from medsynth_jax import config as common

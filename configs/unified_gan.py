@@ -1,6 +1,19 @@
 """Any MR contrast from any other by one GAN (S3; Dai et al., Med Phys 2020;47(12):6343).
 
   python -m medsynth_jax.main --config=configs/unified_gan.py --workdir=runs/unified_gan
+
+Built-in simulated data of 4 mm (16 training, 2 test subjects), T1, T1c, T2 and FLAIR in all 12
+directions, PSNR of the row's source -> the column's target in the body; 18 CPU minutes:
+
+          T1     T1c    T2     FLAIR          constant, whatever the source
+  T1             18.66  14.30  16.15          14.87  15.69  13.68  11.80
+  T1c     18.16         14.33  15.79
+  T2      14.86  15.47         14.16
+  FLAIR   17.38  17.70  14.73
+
+SSIM is 0.25 to 0.69, `constant` 0.13 to 0.25. After this short run ten directions are above
+`constant` in both scores, T2 -> T1 and T2 -> T1c in SSIM alone, and T1 -> FLAIR is the only one
+above `lut2`. `:paper` has StarGAN's recipe and has not been run.
 """
 
 from medsynth_jax import config as common
