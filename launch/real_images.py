@@ -15,6 +15,16 @@ Tasks (the folder `--data` holds the images; its README says whence and under wh
   ibsi_cldm  the same patients, PET -> CT and PET -> MR by one latent diffusion model, on the CT's
            grid at reduced size; four folds, beside a U-Net and the bound of its autoencoder. The MR
            covers 16 to 69 % of the body on that grid, and only what it covers is scored.
+  ibsi_reg  the same patients and folds, CT -> MR by pix2pix and by RegGAN with the same generator.
+           The residual offset of the MR from the CT is measured first (rigid, by mutual
+           information) and written to OUT/ibsi_reg_offsets.md. Each network is scored twice:
+           against the references as they are, and against the same moved rigidly onto the CT, never
+           onto a synthetic image.
+  cta      a CT angiogram from its SEMI-SYNTHETIC non-contrast partner (semi_synthetic_cta.py) by
+           CTA-GAN: two blocks of one patient, a test of feasibility. Beside identity: MAE in the
+           lumen, in other enhanced tissue and in bone.
+  open_ms_any  the two patients of open_ms, T1, T1 with contrast agent, T2 and FLAIR each from each
+           other by one GAN, at 2 mm; train on one, score the other, both ways round.
   tuning   how the setting of open_ms was chosen: T1 -> T2 and T1 -> FLAIR of a third patient
            (stroke_cstar), trained on without a slab of its brain and scored in that slab.
 
@@ -25,7 +35,6 @@ the same call continues where an earlier one was stopped. Fields of all runs can
 
 import argparse
 import csv
-import dataclasses
 import json
 import os
 import shlex
@@ -35,11 +44,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from real_tables import APART, collect, report
+from real_folds import TASKS, Fold
+from real_tables import collect, report
 
 ROOT = Path(__file__).resolve().parents[1]
-SLAB, GAP = (74, 88), 3  # axial slices held out in tuning; those left out of the scores at its ends
 
 # Chosen by --task=tuning, T1 -> T2. PSNR / SSIM in the slab after 1200 images: 21.5 / 0.76 with
 # batches of 1, 21.0 / 0.73 with 4, 19.9 / 0.69 with 4 and L2; lut2 17.8 / 0.67. Mirror images are
@@ -63,121 +71,17 @@ SETTINGS["ibsi_cldm"] = {
   "data.size": "72,72", "data.augment.flip": True, "data.augment.rotate": 10.0,
   "data.augment.scale": 0.1, "data.augment.shift": 0.03,
   "autoencoder.steps": 1500, "cldm.steps": 2000, "unet.steps": 1000}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fold:
-  """One run: which rows its table has, and what `prepare` and `main` are told.
-
-  `data` names the data set; folds that share a table share it. `config` is the one of configs/ that
-  is trained.
-  """
-  source: str
-  targets: Sequence[str]
-  name: str
-  data: str
-  rows: Sequence[Mapping[str, str]]
-  prepare: Mapping[str, str]
-  config: str = "unet"
-
-  @property
-  def directions(self) -> dict[str, str]:
-    """{direction: target}."""
-    return {f"{self.source}->{target}": target for target in self.targets}
-
-  @property
-  def run(self) -> str:
-    """Name of the run folder."""
-    return f"{self.source}_to_{'_'.join(self.targets)}_{self.name}"
-
-
-# --- the folds -------------------------------------------------------------------------------
-
-
-def open_ms(images: Path, out: Path) -> list[Fold]:
-  """Two patients, each in turn trained on and scored.
-
-  The box of both brains is cropped out; 151 voxels of patient 26's frontal pole lie outside it.
-  """
-  del out
-  folds = []
-  for target in ("t2", "flair"):
-    for train, test in (("07", "26"), ("26", "07")):
-      rows = [{"subject": f"patient{n}", "split": split,
-               **{m: str(images / "open_ms" / f"patient{n}_{m.upper()}_MNI.nii.gz")
-                  for m in ("t1", "t2", "flair")}}
-              for n, split in ((train, "train"), (test, "test"))]
-      folds.append(Fold("t1", [target], f"train_{train}", f"open_ms_train_{train}", rows,
-                        {"size": "128,168,0"}))
-  return folds
-
-
-def ibsi(images: Path, out: Path) -> list[Fold]:
-  """CT -> MR and PET -> CT of eight patients, four folds each."""
-  del out
-  return [*_leave_two_out(images, "ct", ["mr_t1"]), *_leave_two_out(images, "pet", ["ct"])]
-
-
-def ibsi_cldm(images: Path, out: Path) -> list[Fold]:
-  """PET -> CT and MR of the same folds, by one model; voxels large enough for 72 x 72 a slice."""
-  del out
-  return [dataclasses.replace(f, config="cldm", prepare={**f.prepare, "spacing": "2.25,2.25,0"})
-          for f in _leave_two_out(images, "pet", ["ct", "mr_t1"])]
-
-
-def _leave_two_out(images: Path, source: str, targets: Sequence[str]) -> list[Fold]:
-  """Four folds; of each two patients are scored, and the apart one never trains.
-
-  The first target gives the grid and the tumour.
-  """
-  folder = images / "ibsi_sts_petctmr"
-  patients = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != APART) + [APART]
-  columns = {"ct": "CT", "mr_t1": "MR_T1", "pet": "PET"}
-  folds = []
-  for number in range(len(patients) // 2):
-    held_out = patients[2 * number:2 * number + 2]
-    rows = [{"subject": p, "split": "test" if p in held_out else "train",
-             **{m: str(folder / p / f"{columns[m]}_image.nii.gz") for m in (source, *targets)},
-             "mask_tumour": str(folder / p / f"{columns[targets[0]]}_mask.nii.gz")}
-            for p in patients if p in held_out or p != APART]
-    folds.append(Fold(source, targets, f"fold_{number}",
-                      f"ibsi_{source}_{'_'.join(targets)}_{number}", rows,
-                      {"reference": targets[0], "anatomical": "yes"}))
-  return folds
-
-
-def tuning(images: Path, out: Path) -> list[Fold]:
-  """A third patient, trained on without a slab of its brain and scored in the middle of that slab.
-
-  In the training images the slab is zero, which is no field of view in MR; in the scored ones it is
-  the mask. Both keep the whole brain's scaling, as two patients' would nearly be.
-  """
-  names = ("t1", "t2", "flair")
-  files = {m: images / "stroke_cstar" / f"{m.upper()}.nii.gz" for m in names}
-  rows = [{"subject": "outside", "split": "train", "mask": "",
-           **{m: str(_slab(files[m], out / "scans" / f"{m}_outside.nii.gz", *SLAB, keep=False))
-              for m in names}},
-          {"subject": "inside", "split": "test",
-           "mask": str(_slab(files["t1"], out / "scans" / "slab.nii.gz", SLAB[0] + GAP,
-                             SLAB[1] - GAP, keep=True)),
-           **{m: str(files[m]) for m in names}}]
-  return [Fold("t1", [target], "slab", "tuning", rows, {}) for target in ("t2", "flair")]
-
-
-def _slab(file: Path, to: Path, first: int, last: int, keep: bool) -> Path:
-  """Writes a NIfTI file with the axial slices first..last - 1 only, or without them; once."""
-  if not to.exists():
-    import nibabel
-    to.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.load(file)
-    array = image.get_fdata()
-    inside = np.zeros(array.shape, bool)
-    inside[:, :, first:last] = True
-    nibabel.save(nibabel.Nifti1Image(np.where(inside == keep, array, 0), image.affine), to)
-  return to
-
-
-TASKS = {"open_ms": open_ms, "ibsi": ibsi, "ibsi_cldm": ibsi_cldm, "tuning": tuning}
+# For the time they take; no score was looked at. Whole slices, and nothing displaced on purpose.
+WHOLE = {"data.size": "", "data.augment.flip": True}
+SETTINGS["ibsi_reg"] = {
+  **WHOLE, "data.augment.rotate": 10.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03,
+  "data.channels": "own", "displace": 0.0, "steps": 2000}
+SETTINGS["cta"] = {
+  **WHOLE, "data.augment.rotate": 10.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03,
+  "cta_gan.displace": 0.0, "vessels.displace": 0.0, "cta_gan.steps": 2000, "vessels.steps": 500,
+  "evaluation.lumen": "lumen"}
+SETTINGS["open_ms_any"] = {
+  **WHOLE, "data.augment.gamma": 0.3, "data.augment.contrast": 0.1, "steps": 3000}
 
 
 # --- prepare, train, evaluate ----------------------------------------------------------------
@@ -196,12 +100,14 @@ def write_table(fold: Fold, folder: Path) -> Path:
 def commands(fold: Fold, out: Path, settings: Mapping[str, object]) -> list[list[str]]:
   """The two commands of a run: prepare, then train and evaluate."""
   data = out / "data" / fold.data
-  python = [sys.executable, "-m"]
+  python, (name, *variant) = [sys.executable, "-m"], fold.config.split(":")
+  if fold.taken:
+    settings = {**settings, "pretrained": out / fold.taken, "steps": 0}
   return [
     [*python, "medsynth_jax.prepare", "--config=configs/prepare.py",
      f"--config.table={out / f'{fold.data}.csv'}", f"--config.out={data}",
      *(f"--config.{k}={v}" for k, v in fold.prepare.items())],
-    [*python, "medsynth_jax.main", f"--config=configs/{fold.config}.py",
+    [*python, "medsynth_jax.main", f"--config={':'.join([f'configs/{name}.py', *variant])}",
      f"--workdir={out / fold.run}", f"--config.data.dir={data}",
      f"--config.data.source={fold.source}", f"--config.data.targets={','.join(fold.targets)}",
      *(f"--config.{k}={v}" for k, v in settings.items())]]

@@ -6,18 +6,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-FLOOR = ("constant", "mean_image", "lut", "lut2", "identity_normalised")
-METRICS = ("psnr", "ssim", "mae", "mae_tumour")
+FLOOR = ("constant", "mean_image", "lut", "lut2", "identity", "identity_normalised")
+REGIONS = {"tumour": "the tumour", "lumen": "the lumen", "enhanced": "other enhanced tissue",
+           "bone": "bone"}
+METRICS = ("psnr", "ssim", "mae", *(f"mae_{region}" for region in REGIONS), "dice_lumen")
 APART = "STS_019"  # its MR is rotated and not registered
 
 
 def collect(folds: Iterable, out: Path) -> dict:
   """The scores of all finished runs, from the files of their evaluations.
 
-  {direction: {"folds": {fold: {"seconds", "steps", "subjects": {subject: {row: {metric: score}}},
-  "switch": {stage: its images by all codes against the target}}}, "stages": rows of networks,
-  "bounds": those of them that see the target, "overall": {row: {metric: mean over the subjects of
-  all folds}}, "apart": the same of APART, "verdicts": {stage: ...}, "unit": unit of the MAE}}.
+  {direction, with its group: {"folds": {fold: {"seconds", "steps", "subjects": {subject: {row:
+  {metric: score}}}, "switch": {stage: its images by all codes against the target}}}, "stages": rows
+  of networks, "bounds": those of them that see the target, "overall": {row: {metric: mean over the
+  subjects of all folds}}, "apart": the same of APART, "verdicts": {stage: ...}, "unit": unit of the
+  MAE}}. Runs of one fold, group and direction are rows of one table.
   """
   results: dict = {}
   for fold in folds:
@@ -26,24 +29,36 @@ def collect(folds: Iterable, out: Path) -> dict:
       lines = list(csv.DictReader(file))
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     protocol, seconds = summary["protocol"], folder / "seconds.txt"
+    took = float(seconds.read_text()) if seconds.exists() else 0.0
+    steps = {fold.row or stage: n for stage, n in protocol["steps"].items()}
+    rows = {stage: fold.row or stage for stage in protocol["steps"]}
     for direction, target in fold.directions.items():
-      found = results.setdefault(direction, {
-        "folds": {}, "unit": protocol["targets"][target]["unit"],
-        "stages": list(protocol["steps"]), "bounds": protocol["bounds"]})
-      subjects: dict = {}
+      told = protocol["targets"].get(direction) or protocol["targets"][target]
+      found = results.setdefault(", ".join(filter(None, (direction, fold.group))), {
+        "folds": {}, "unit": told["unit"], "stages": [], "bounds": []})
+      for name, stages in (("stages", steps), ("bounds", protocol["bounds"])):
+        found[name] += [stage for stage in stages if stage not in found[name]]
+      one = found["folds"].setdefault(
+        fold.name, {"subjects": {}, "steps": {}, "seconds": 0.0, "switch": {}})
       for line in lines:
         if line["direction"] == direction:
-          subjects.setdefault(line["subject"], {})[line["row"]] = {
+          row = rows.get(line["row"], line["row"])
+          one["subjects"].setdefault(line["subject"], {})[row] = {
             m: float(line[m]) for m in METRICS if line.get(m)}
-      found["folds"][fold.name] = {
-        "subjects": subjects, "steps": protocol["steps"],
-        "seconds": float(seconds.read_text()) if seconds.exists() else None,
-        "switch": {stage: {"mae": switch["mae"][target],
-                           "closer": switch["closer_to_own_target_than"][target]}
-                   for stage, switch in summary.get("code_switch", {}).items()}}
+      one["steps"] |= steps
+      one["seconds"] += took
+      one["switch"] |= {stage: {"mae": switch["mae"][target],
+                                "closer": switch["closer_to_own_target_than"][target]}
+                        for stage, switch in _switches_of(summary, fold.source, direction).items()}
   for found in results.values():
     _summarise(found)
   return results
+
+
+def _switches_of(summary: Mapping, source: str, direction: str) -> Mapping:
+  """{stage: its code switch} of a direction, where one model makes several targets by codes."""
+  switches = summary.get("code_switch", {})
+  return switches.get(direction.split("->")[0], {}) if source == "any" else switches
 
 
 def _summarise(found: dict) -> None:
@@ -93,9 +108,10 @@ def _overall(direction: str, found: Mapping) -> list[str]:
   unit, overall = found["unit"], found["overall"]
   metrics = [m for m in METRICS if any(m in scores for scores in overall.values())]
   heads = {"psnr": "PSNR [dB]", "ssim": "SSIM", "mae": f"MAE [{unit}]",
-           "mae_tumour": f"MAE in the tumour [{unit}]"}
-  return [f"### {direction}, mean of {found['n']} subjects, each scored by a network that did"
-          " not see it", "", *_markdown(
+           "dice_lumen": "Dice of the lumen",
+           **{f"mae_{region}": f"MAE in {words} [{unit}]" for region, words in REGIONS.items()}}
+  return [f"### {direction}, mean of {found['n']} subject{'s' * (found['n'] != 1)}, each scored by"
+          " a network that did not see it", "", *_markdown(
             ["row", *(heads[m] for m in metrics)],
             [[_label(found, row), *(_number(m, scores.get(m)) for m in metrics)]
              for row, scores in overall.items()]), "",

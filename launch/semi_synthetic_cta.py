@@ -15,7 +15,7 @@ proportion) are untouched.
 The result is SEMI-SYNTHETIC, and one patient is a test of FEASIBILITY, not of accuracy: the two
 rows of cases.csv are blocks of one patient, slices 0..99 for training and 110.. for scores, with a
 gap of 10 between them. Its columns: subject, split, ncct, cta, mask_lumen (masked vessels where
-they are enhanced), mask_enhanced (all else that was changed), mask_bone.
+they are enhanced), mask_enhanced (what else is from 140 to 700 HU and was changed), mask_bone.
 """
 
 import argparse
@@ -40,6 +40,7 @@ UNTOUCHED, LOW = 100.0, 140.0  # HU: below the first nothing changes, from the s
 TISSUE = 112.0           # HU of what blood perfuses (myocardium)
 CORE = 300.0             # HU: blood of the heart and the great vessels
 BONE = 550.0             # HU that a bone's densest hundredth exceeds, and no blood but the dense
+DILUTED = 700.0          # HU: what is denser says nothing about how vessels are made
 METAL = 1500.0           # HU of a strut
 STILL = 25.0             # HU by which blood differs from its region by noise alone
 WALL = 8                 # voxels (12 mm) to which it is followed
@@ -275,7 +276,8 @@ def make(images: Path, out: Path) -> Path:
   out.mkdir(parents=True, exist_ok=True)
   table = save(out, scan.affine, {
     "ncct": made.astype(np.int16), "cta": ct.astype(np.int16), "mask_lumen": found.lumen,
-    "mask_enhanced": found.enhanced & (made != ct), "mask_bone": found.bone})
+    "mask_enhanced": found.enhanced & (made != ct) & (smooth >= LOW) & (smooth <= DILUTED),
+    "mask_bone": found.bone})
   pictures(ct, made, out / "before_after.png")
   text = "\n".join([
     "SEMI-SYNTHETIC non-contrast CT of one patient (a test of feasibility), HU:", "",
