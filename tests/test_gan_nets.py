@@ -239,14 +239,6 @@ def test_smoothness_of_known_flows():
   # Mean over both channels: 4 / 2 along the rows, 1 / 2 along the columns.
   np.testing.assert_allclose(warp.smoothness(flow), 2.5, rtol=1e-6)
   np.testing.assert_allclose(warp.smoothness(flow + 7), 2.5, rtol=1e-6)
-  steep = jnp.concatenate([flow, 10 * flow])
-  np.testing.assert_allclose(warp.smoothness(steep, jnp.array([1.0, 0.0]).reshape(2, 1, 1, 1)), 2.5,
-                             rtol=1e-6)
-  broken = flow.at[:, 0].set(99.0)
-  valid = jnp.ones((1, 6, 4, 1)).at[:, 0].set(0)
-  np.testing.assert_allclose(warp.smoothness(broken, valid), 2.5, rtol=1e-6)
-  np.testing.assert_allclose(warp.smoothness(broken[:, ::-1], valid[:, ::-1]), 2.5, rtol=1e-6)
-  assert warp.smoothness(flow, 0 * valid) == 0
   volume = jnp.broadcast_to(jnp.arange(5.0)[:, None, None, None], (1, 5, 3, 3, 3))
   np.testing.assert_allclose(warp.smoothness(volume), 1, rtol=1e-6)
 

@@ -28,29 +28,9 @@ def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
   return jax.vmap(jax.vmap(one, (-1, None), -1))(image, points)
 
 
-def _mean(values, weight):
-  """The mean of [B, *space, C] by weights [B, *space, 1]; 0 where they are all 0."""
-  weight = jnp.broadcast_to(weight, values.shape)
-  return jnp.sum(values * weight) / jnp.maximum(1.0, jnp.sum(weight))
-
-
-def _differences(flow):
-  """Forward differences [B, *shorter, rank] along each spatial axis."""
-  return [jnp.diff(flow, axis=axis) for axis in range(1, flow.ndim - 1)]
-
-
-def smoothness(flow: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-  """Sum over spatial axes of the mean squared forward difference of the flow (RegGAN's penalty).
-
-  `weight` broadcasts to [B, *space, 1]; a difference counts by the product of its two ends.
-  """
-  weight = jnp.broadcast_to(1.0 if weight is None else weight, (*flow.shape[:-1], 1))
-  total = 0.0
-  for axis, difference in enumerate(_differences(flow), 1):
-    first, last = (jax.lax.slice_in_dim(weight, start, start + flow.shape[axis] - 1, axis=axis)
-                   for start in (0, 1))
-    total += _mean(jnp.square(difference), first * last)
-  return total
+def smoothness(flow: jax.Array) -> jax.Array:
+  """Sum over spatial axes of the mean squared forward difference of the flow (RegGAN's penalty)."""
+  return sum(jnp.mean(jnp.square(jnp.diff(flow, axis=axis))) for axis in range(1, flow.ndim - 1))
 
 
 def folding(flow: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -65,4 +45,5 @@ def folding(flow: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   gradient = jnp.stack([jnp.diff(flow, axis=axis)[inner] for axis in range(1, rank + 1)], -1)
   determinant = jnp.linalg.det(gradient + jnp.eye(rank))[..., None]
   mask = jnp.broadcast_to(1.0 if mask is None else mask, (*flow.shape[:-1], 1))[inner]
-  return _mean(determinant <= 0, mask > 0)
+  counted = mask > 0
+  return jnp.sum((determinant <= 0) & counted) / jnp.maximum(1, jnp.sum(counted))
