@@ -32,7 +32,7 @@ from medsynth_jax.metrics.volume import slice_scores
 from medsynth_jax.registered import Registration, known, measure
 from medsynth_jax.results import Results, write
 from medsynth_jax.run import Run
-from medsynth_jax.scorer import Scorer, Volume, lumen_of
+from medsynth_jax.scorer import Scorer, Volume, fit_floors, lumen_of
 from medsynth_jax.scoring import ssim_name
 
 
@@ -51,8 +51,10 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
   """
   _same_data(here, store)
   lumen, s3 = lumen_of(here), {}
-  works = [_part(Scorer(view, store, targets, lumen, s3), targets, split, which)
-           for view, targets in scored_cases(here, split)]
+  scorers = [(Scorer(view, store, targets, lumen, s3), targets)
+             for view, targets in scored_cases(here, split)]
+  works = [_part(scorer, targets, floor, split, which)
+           for (scorer, targets), floor in zip(scorers, fit_floors(scorers), strict=True)]
   parts = [work.results for work in works]
   text = report.table(parts)
   all_of = matrix.make(parts, here.task, split) if here.task.any_source else None
@@ -66,12 +68,15 @@ def evaluate(here: Run, store: Store, *, which: str = "best", split: str = "test
   return text
 
 
-def _part(scorer: Scorer, targets: Mapping[str, list[Case]], split: str, which: str) -> "_Work":
+def _part(scorer: Scorer, targets: Mapping[str, list[Case]],
+          floor: Mapping[str, floors.Fitted | floors.Constant], split: str, which: str) -> "_Work":
   """Scores all rows of a run of one source (or of several at once)."""
   here = scorer.run
   results = Results(here.config, here.info, here.task.direction, split, which, scorer.scales,
                     scorer.protocols, scorer.rendered, scorer.lumen, scorer.s3)
-  work = _Work(scorer, results, {t: _baselines(scorer, t, c, results) for t, c in targets.items()})
+  work = _Work(scorer, results, floor)
+  for target, cases in targets.items():
+    _baselines(work, target, cases)
   stages = [s for s, m in here.methods.items()
             if m.synthesize and here.sections[s].exclude_fold < 0]
   with tqdm(total=sum(_total(here, s, targets) for s in stages), unit="image",
@@ -123,11 +128,10 @@ class _Work:
 # --- rows without a network ------------------------------------------------------------------
 
 
-def _baselines(scorer: Scorer, target: str, cases: list[Case], results: Results
-               ) -> floors.Fitted | floors.Constant:
-  """Adds the floor's rows and the ceiling's; returns the floor."""
+def _baselines(work: _Work, target: str, cases: list[Case]) -> None:
+  """Adds the floor's rows and the ceiling's."""
+  scorer, results, floor = work.scorer, work.results, work.floor[target]
   info, task = scorer.info, scorer.task
-  floor = scorer.floor(target)
   results.floor[target] = floor.channel
   ceiling = floors.has_ceiling(info, task, target, cases)
   for case in cases:
@@ -143,7 +147,6 @@ def _baselines(scorer: Scorer, target: str, cases: list[Case], results: Results
       if volume.fused:
         row, image = _rendered(scorer, volume, row, image)
         results.add(fusion.NAME, row, case, scorer.score(volume.fused, row, image))
-  return floor
 
 
 def _rendered(scorer: Scorer, volume: Volume, row: str, suv: np.ndarray) -> tuple[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The rows of an evaluation that need no network: the floor, the identity, the ceiling."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -50,49 +50,71 @@ class Constant:
     return {"constant": np.full(source.shape[:3], self.constant, np.float32)}
 
 
-def mean(volumes: Iterable[np.ndarray], direction: str) -> Constant:
-  """The mean of the training targets' voxels; `volumes` are those in the mask, in float64.
+class Fit:
+  """The floor of one direction in the making: `add` each training volume that has both sides.
 
-  Raises:
-    UserError: there are none.
-  """
-  sums = np.sum([(v.sum(), v.size) for v in volumes] or [(0, 0)], 0)
-  if not sums[1]:
-    raise UserError(f"{direction}: no training subject shows the target in its mask, so that there"
-                    " is no floor to compare with; prepare the data set with such a subject")
-  return Constant(float(sums[0] / sums[1]))
-
-
-def fit(volumes: Iterable[tuple], *, channels: int, common_grid: bool, direction: str) -> Fitted:
-  """The floor of the training volumes; its tables read the source channel that tells most.
-
-  The channel is chosen by the first CHOOSE volumes.
-
-  A CT has a channel for each of its windows, and a table over all of -1024..3071 HU would see all
-  soft tissue as one bin: a floor too easily passed.
+  Its tables read the source channel that tells most, chosen by the first CHOOSE volumes. A CT has a
+  channel for each of its windows, and a table over all of -1024..3071 HU would see all soft tissue
+  as one bin: a floor too easily passed. Holds tables and mean images, no volume.
 
   Args:
-    volumes: (source [n, H, W, C] model units, target [n, H, W] or [n, H, W, 3] in the unit of
-      scores, mask [n, H, W], spacing in mm), one at a time.
+    channels: of the source.
     common_grid: whether a mean image makes sense.
-
-  Raises:
-    UserError: no training voxel.
+    direction: for messages.
   """
-  fitted: list[list[Floor]] = []
-  for number, (source, target, mask, spacing) in enumerate(volumes):
+
+  def __init__(self, *, channels: int, common_grid: bool, direction: str):
+    self.channels, self.common_grid, self.direction = channels, common_grid, direction
+    self._number, self._fitted = 0, []  # of each target channel a Floor for each source channel
+
+  def add(self, source: np.ndarray, target: np.ndarray, mask: np.ndarray, spacing) -> None:
+    """Source [n, H, W, C] in model units, target [n, H, W] or [n, H, W, 3] in the unit of scores,
+    mask [n, H, W], spacing in mm."""
     parts = np.moveaxis(target, -1, 0) if target.ndim == 4 else target[None]
-    if not fitted:
-      fitted = [[Floor(common_grid and i == 0, channel=i) for i in range(channels)] for _ in parts]
-    if number == CHOOSE:
-      fitted = [[_best(floors)] for floors in fitted]
-    for floors, part in zip(fitted, parts, strict=True):
+    if not self._fitted:
+      self._fitted = [[Floor(self.common_grid and i == 0, channel=i) for i in range(self.channels)]
+                      for _ in parts]
+    if self._number == CHOOSE:
+      self._fitted = [[_best(floors)] for floors in self._fitted]
+    for floors, part in zip(self._fitted, parts, strict=True):
       for floor in floors:
         floor.add(source, part, mask, spacing)
-  if not fitted or not fitted[0][0].lut.count.sum():
-    raise UserError(f"{direction}: no training subject has both inside its mask, so that the floor"
-                    " of the table cannot be fitted; prepare the data set again")
-  return Fitted(tuple(_best(floors).fit() for floors in fitted))
+    self._number += 1
+
+  def done(self) -> Fitted:
+    """The fitted floor.
+
+    Raises:
+      UserError: no training voxel.
+    """
+    if not self._fitted or not self._fitted[0][0].lut.count.sum():
+      raise UserError(f"{self.direction}: no training subject has both inside its mask, so that the"
+                      " floor of the table cannot be fitted; prepare the data set again")
+    return Fitted(tuple(_best(floors).fit() for floors in self._fitted))
+
+
+class Mean:
+  """The mean of a direction's target, of which no training subject has both sides."""
+
+  def __init__(self, direction: str):
+    self.direction, self._sum, self._size = direction, 0.0, 0
+
+  def add(self, voxels: np.ndarray) -> None:
+    """A training target's voxels in its mask, float64."""
+    self._sum += voxels.sum()
+    self._size += voxels.size
+
+  def done(self) -> Constant:
+    """The floor.
+
+    Raises:
+      UserError: there were no voxels.
+    """
+    if not self._size:
+      raise UserError(f"{self.direction}: no training subject shows the target in its mask, so"
+                      " that there is no floor to compare with; prepare the data set with such a"
+                      " subject")
+    return Constant(float(self._sum / self._size))
 
 
 def _best(fitted: Sequence[Floor]) -> Floor:

@@ -1,7 +1,8 @@
 """Cases of a data set as volumes to be scored, and their scores against each target."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -76,10 +77,10 @@ class Scorer:
     s3.update({n: S3Scorer(store, n, self.scales[n]) for n in mr if n not in s3})
     self.s3 = {n: s3[n] for n in mr}
 
-  def load(self, case: Case, target: str) -> Volume:
-    """A case with the target in the unit of scores."""
-    arrays, task, scale = self.store.volume(case), self.task, self.scales[target]
-    images = arrays["images"]
+  def load(self, case: Case, target: str, arrays: Mapping[str, Any] | None = None) -> Volume:
+    """A case with the target in the unit of scores; `arrays` are its `Store.volume`, if known."""
+    arrays = self.store.volume(case) if arrays is None else arrays
+    task, scale, images = self.task, self.scales[target], arrays["images"]
     volume = Volume(
       case, target, case_source(arrays, case, task, self.info),
       {m: images[m] for m in task.sources if m in images}, np.empty(0),
@@ -127,26 +128,50 @@ class Scorer:
     """The image with background outside the mask, as synthesis writes it."""
     return scoring.blanked(self.scales[volume.target], image, volume.mask)
 
-  def floor(self, target: str) -> floors.Fitted | floors.Constant:
-    """The floor, fitted on the training cases that have both sides; where none has, the constant.
+  def floor(self, target: str) -> tuple[floors.Fit | floors.Mean, list[Case]]:
+    """A target's floor, to be fitted, and the training cases for it: those that have both sides.
 
-    Raises:
-      UserError: no training voxel of the target.
+    Where none has, the constant of those that have the target.
     """
     info, task, training = self.info, self.task, self.info.split("train")
     direction = f"{task.direction}->{target}"
     both = [c for c in training if usable(c, task, target)]
     if not both and target != fusion.NAME:
-      return floors.mean((self._voxels(c, target) for c in training if target in c.images),
-                         direction)
-    volumes = (self.load(c, target) for c in tqdm(
-      both, desc=f"floor {direction}", unit="case", disable=not sharding.is_first()))
-    return floors.fit(((v.source, v.reference, v.mask, info.spacing_of(v.case)) for v in volumes),
-                      channels=task.channels(info) // (2 * task.context + 1),
-                      common_grid=info.anatomical, direction=direction)
+      return floors.Mean(direction), [c for c in training if target in c.images]
+    return floors.Fit(channels=task.channels(info) // (2 * task.context + 1),
+                      common_grid=info.anatomical, direction=direction), both
 
-  def _voxels(self, case: Case, target: str) -> np.ndarray:
-    """The target's voxels in the body and its field of view, in the unit of scores, float64 [k]."""
-    arrays = self.store.volume(case)
-    image = self.scales[target].reference(arrays["images"][target], case.images[target].target)
-    return image[arrays["mask"] & arrays["valid"][target]].astype(np.float64)
+  def add(self, fit: floors.Fit | floors.Mean, case: Case, target: str,
+          arrays: Mapping[str, Any]) -> None:
+    """Adds a training case, as `Store.volume` gives it, to the floor of a target."""
+    if isinstance(fit, floors.Mean):
+      image = self.scales[target].reference(arrays["images"][target], case.images[target].target)
+      fit.add(image[arrays["mask"] & arrays["valid"][target]].astype(np.float64))
+    else:
+      volume = self.load(case, target, arrays)
+      fit.add(volume.source, volume.reference, volume.mask, self.info.spacing_of(case))
+
+
+def fit_floors(scorers: Sequence[tuple[Scorer, Iterable[str]]]
+               ) -> list[dict[str, floors.Fitted | floors.Constant]]:
+  """[{target: floor}] of every scorer and its targets, fitted on the training cases.
+
+  Each case is read once for all directions.
+
+  Raises:
+    UserError: no training voxel of a direction.
+  """
+  fits, wanted = [], {}  # {case: what it is added to}
+  for scorer, targets in scorers:
+    fits.append({})
+    for target in targets:
+      fits[-1][target], cases = scorer.floor(target)
+      for case in cases:
+        wanted.setdefault(case.volume, []).append((scorer, fits[-1][target], target))
+  first = scorers[0][0]
+  cases = [c for c in first.info.split("train") if c.volume in wanted]
+  for case in tqdm(cases, desc="floor", unit="case", disable=not sharding.is_first()):
+    arrays = first.store.volume(case)
+    for scorer, fit, target in wanted[case.volume]:
+      scorer.add(fit, case, target, arrays)
+  return [{target: fit.done() for target, fit in own.items()} for own in fits]

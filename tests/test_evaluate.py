@@ -239,15 +239,17 @@ def test_lut_reads_the_channel_that_tells_most():
   rng = np.random.default_rng(0)
   source = rng.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
   target, mask = source[..., 1] ** 2, np.ones((4, 8, 8), bool)
-  volumes = [(source, target, mask, (1, 1, 1))] * (floors.CHOOSE + 1)
-  floor = floors.fit(volumes, channels=3, common_grid=True, direction="a->b")
-  assert floor.parts[0].lut.count.sum() == len(volumes) * mask.size
+  fit, empty = (floors.Fit(channels=3, common_grid=True, direction="a->b") for _ in range(2))
+  for _ in range(floors.CHOOSE + 1):
+    fit.add(source, target, mask, (1, 1, 1))
+  floor = fit.done()
+  assert floor.parts[0].lut.count.sum() == (floors.CHOOSE + 1) * mask.size
   rows = floor.predict(source, (1, 1, 1))
   assert floor.channel == 1 and np.abs(rows["lut"] - target).max() < 0.05
   np.testing.assert_allclose(rows["mean_image"], target, atol=1e-6)
+  empty.add(source, target, ~mask, (1, 1, 1))
   with pytest.raises(UserError, match="a->b: no training subject"):
-    floors.fit([(source, target, ~mask, (1, 1, 1))], channels=3, common_grid=True,
-               direction="a->b")
+    empty.done()
 
 
 # --- above the floor, aggregation ------------------------------------------------------------

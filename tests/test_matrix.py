@@ -18,7 +18,7 @@ from medsynth_jax.contract import Method, create, served
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.errors import UserError
-from medsynth_jax.scorer import Scorer
+from medsynth_jax.scorer import Scorer, fit_floors
 
 SPLITS = ("train",) * 3 + ("validation",) + ("test",) * 5
 # what the test subjects s4 .. s8 lack
@@ -202,6 +202,27 @@ def test_direction_that_no_training_case_has(data, tmp_path, monkeypatch):
   assert found["matrix"]["above_lut2"]["any"]["a->c"] is None
   assert "cannot be said of a->c, c->a" in table
   assert table.count("No training subject has both") == 2
+
+
+def test_one_pass_over_the_training_cases_fits_all_floors(data, tmp_path, monkeypatch):
+  """Each is read once, and every direction has the floor that it has alone."""
+  here, store = any_run(monkeypatch, data, tmp_path / "run", {0: {"c"}, 1: {"a"}})
+  scorers = [(Scorer(view, store, targets), targets)
+             for view, targets in evaluate.scored_cases(here, "test")]
+  volume, read = store.volume, []
+  monkeypatch.setattr(store, "volume", lambda case: read.append(case.volume) or volume(case))
+  together = fit_floors(scorers)
+  assert read == [0, 1, 2]
+  rng, means = np.random.default_rng(0), []
+  source = rng.uniform(-1, 1, (10, 20, 24, 1)).astype(np.float32)
+  for (scorer, targets), floors in zip(scorers, together, strict=True):
+    for target in targets:
+      (alone,) = fit_floors([(scorer, [target])])
+      rows, own = (f[target].predict(source, (3, 2, 2)) for f in (floors, alone))
+      assert list(rows) == list(own) == ["constant", "lut", "lut2", "mean_image"]
+      assert all(np.array_equal(rows[name], own[name]) for name in rows)
+      means.append(floors[target].constant)
+  assert len({*means}) == 6  # of other subjects each
 
 
 def test_code_switch_in_short(scored):
