@@ -28,7 +28,7 @@ def get_config(variant: str = ""):
   config.autoencoder = common.stage(
     "autoencoder", draw="single", balance="category",
     network={"name": "autoencoder_kl", "channels": (64, 128, 256), "blocks": 2,
-             "latent_channels": 3},
+             "latent_channels": 3, "remat": False},
     discriminator={"name": "patchgan", "base": 64, "n_layers": 3, "norm": "instance"},
     discriminator_lr=5e-4, kl=1e-6, adversarial=0.01, adversarial_from=0,
     perceptual={"weight": 0.0, "weights": ""})
@@ -39,7 +39,8 @@ def get_config(variant: str = ""):
     "cldm", needs=("autoencoder", "latent_moments"), autoencoder="autoencoder",
     moments="latent_moments", balance="category,group", code_dropout=0.1, guidance=1.0,
     network={"name": "diffusion_unet", "base": 128, "multiples": (1, 2, 4), "blocks": 2,
-             "attention": (2, 4), "resampling": "conv", "scale_shift": False},
+             "attention": (2, 4), "resampling": "conv", "scale_shift": False,
+             "remat": False},
     diffusion={**process.DEFAULTS, "schedule": "scaled_linear"},
     sampler={**samplers.DEFAULTS, "name": "ddim", "steps": 50})
   config.unet = common.stage(

@@ -87,6 +87,14 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
 
+def last_step(stage_folder: Path) -> int | None:
+  """The last saved step of a stage, or None."""
+  if not (Path(stage_folder) / "checkpoints").is_dir():
+    return None
+  with Checkpoints(stage_folder) as checkpoints:
+    return checkpoints.latest()
+
+
 def save_frozen(stage_folder: Path, frozen: dict[str, State]) -> None:
   """Stores the served states of earlier stages, once; a finished copy is left as it is."""
   folder = Path(stage_folder).absolute() / "frozen"

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from medsynth_jax import checkpoint, serving, sharding
+from medsynth_jax import checkpoint, memory, serving, sharding
 from medsynth_jax import config as configs
 from medsynth_jax.contract import NOISES, Method, State, create, served
 from medsynth_jax.data import draws
@@ -136,16 +136,22 @@ class Run:
     settings = self.config.synthesis
     made = stage, settings.batch_size, settings.mirror
     if made not in self._predictors:
-      synthesize, shapes = self.methods[stage].synthesize, self._served_shapes(stage)
-      if settings.mirror:
-        synthesize = serving.mirrored(synthesize, self._left_right())
-      compiled, seconds = serving.compile_ahead(stage, synthesize, self.mesh, *shapes)
-      self._predictors[made] = compiled, shapes
+      compiled, seconds = serving.compile_ahead(f"{stage}: synthesis",
+                                                lambda: self.lower_synthesis(stage))
+      self._predictors[made] = compiled, self.served_shapes(stage)
       self.compile_seconds[stage] = seconds
     compiled, (state, batch) = self._predictors[made]
-    serving.check_memory(stage, compiled, (batch, () if loaded else state), settings.batch_size,
-                         "patches" if len(self.task.size) == 3 else "slices")
+    unit = "patches" if len(self.task.size) == 3 else "slices"
+    memory.check(f"stage '{stage}': synthesis of {settings.batch_size} {unit} at once", compiled,
+                 (batch, () if loaded else state), memory.synthesis_remedy(settings.batch_size))
     return compiled
+
+  def lower_synthesis(self, stage: str) -> jax.stages.Lowered:
+    """What `predictor` compiles, from shapes alone."""
+    synthesize = self.methods[stage].synthesize
+    if self.config.synthesis.mirror:
+      synthesize = serving.mirrored(synthesize, self._left_right())
+    return serving.lower(synthesize, self.mesh, *self.served_shapes(stage))
 
   @functools.cached_property
   def compile_seconds(self) -> dict[str, float]:
@@ -157,7 +163,7 @@ class Run:
     """What `predictor` has compiled, with the shapes that it takes."""
     return {}
 
-  def _served_shapes(self, stage: str) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
+  def served_shapes(self, stage: str) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes and shardings of what `predictor` takes: the state with its frozen ones, the batch."""
     keeps, example = self.methods[stage].keeps, example_batch(self.task, self.info)
     state = self._placed(jax.eval_shape(lambda s: served(s, keeps), self.shape(stage)))

@@ -4,16 +4,15 @@ import contextlib
 import functools
 import math
 import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from medsynth_jax import checkpoint, sharding, windows
+from medsynth_jax import checkpoint, memory, serving, sharding, windows
 from medsynth_jax.checkpoint import Checkpoints
 from medsynth_jax.contract import State, create, served
 from medsynth_jax.data import pipeline
@@ -33,16 +32,22 @@ def train(run: Run, store: Store) -> None:
   """Trains the stages that are not finished, in the config's order.
 
   Raises:
-    UserError: no training example, or a loss that is not finite.
+    UserError: no training example, more memory than is free, or a loss that is not finite.
     Interrupted: asked to stop; everything is saved.
   """
+  # all at once: what does not fit a later stage is told now, not after the hours of the first
+  steps = {stage: compile_step(run, stage)[0] for stage, section in run.sections.items()
+           if (checkpoint.last_step(run.folder / stage) or 0) < section.steps}
   for number, stage in enumerate(run.methods):
-    train_stage(run, store, stage, number)
+    train_stage(run, store, stage, number, steps.pop(stage, None))
 
 
-def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
-  """Trains one stage from its latest checkpoint, or from the start, to its last step."""
-  section, method, folder = run.sections[stage], run.methods[stage], run.folder / stage
+def train_stage(run: Run, store: Store, stage: str, number: int, take: Callable | None) -> None:
+  """Trains one stage from its latest checkpoint, or from the start, to its last step.
+
+  `take` is its compiled step; a stage that has taken its last one needs none.
+  """
+  section, folder = run.sections[stage], run.folder / stage
   store.open()
   augment = make_augment(run.config, section, run.info)
   source = pipeline.training(store, run.task, augment, section, run.config, number,
@@ -58,7 +63,6 @@ def train_stage(run: Run, store: Store, stage: str, number: int) -> None:
         saved.save(step, state, batches, None)
         saved.wait()
       return
-    take = _compiled(method, state, run, section)
     log = Log(folder, stage, step, section.steps, section.batch_size, sharding.is_first())
     validate = _Validation(run, store, stage, log)
     log.paused()  # it has compiled synthesis
@@ -136,20 +140,43 @@ def _handed_over(run: Run, stage: str) -> dict[str, State]:
   return frozen
 
 
-def _compiled(method, state: State, run: Run, section: ConfigDict):
-  """The training step, compiled before the loop; its time is told."""
+def batch_shapes(run: Run, stage: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and shardings of a stage's training batches."""
+  section = run.sections[stage]
+  example = pipeline.example_batch(run.task, run.info, section.draw)
+  return sharding.batch_shapes(run.mesh, example, section.batch_size)
+
+
+def lower_step(run: Run, stage: str) -> jax.stages.Lowered:
+  """(state, batch) -> (the next state, metrics), lowered from shapes alone for the run's mesh.
+
+  The state is donated.
+  """
+  method, shape = run.methods[stage], run.shape(stage)
   def step(state, batch):
     new, metrics = method.step(state, batch, jax.random.fold_in(state.key, state.step))
     return new.replace(step=state.step + 1), metrics
-  places = jax.tree.map(lambda x: x.sharding, state)
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-  example = pipeline.example_batch(run.task, run.info, section.draw)
-  batch = sharding.batch_shapes(run.mesh, example, section.batch_size)
-  then = time.perf_counter()
-  compiled = jitted.lower(state, batch).compile()
-  if sharding.is_first():
-    print(f"training step compiled in {time.perf_counter() - then:.1f} s", flush=True)
-  return compiled
+  places = jax.tree.map(lambda x: x.sharding, shape)
+  with jax.set_mesh(run.mesh):
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(
+      shape, batch_shapes(run, stage))
+
+
+def compile_step(run: Run, stage: str):
+  """(the training step of a stage compiled ahead of its state, the seconds that took).
+
+  All processes have to ask together.
+
+  Raises:
+    UserError: step, state and the batches in flight need more memory than is free.
+  """
+  compiled, seconds = serving.compile_ahead(f"{stage}: training step",
+                                            lambda: lower_step(run, stage))
+  batches = [batch_shapes(run, stage)] * (1 + run.config.data.prefetch)
+  memory.check(f"stage '{stage}': a training step of batch_size={run.sections[stage].batch_size}",
+               compiled, (run.shape(stage), batches),
+               memory.training_remedy(run.config, stage, run.methods[stage], run.mesh))
+  return compiled, seconds
 
 
 def _check(metrics, step: int, folder: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_train import get_config, scale_build, toy_config, two_stages
 
-from medsynth_jax import methods, run, sharding, train
+from medsynth_jax import memory, methods, run, sharding, train
 from medsynth_jax.contract import Method
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.errors import UserError
@@ -56,14 +56,76 @@ def test_weights_that_are_there_already_do_not_count_twice(toy_data, tmp_path, m
   assert apart - loaded == pytest.approx(weights, abs=2e4) and weights > 2e5
 
 
-def test_refused_before_training(toy_data, tmp_path, monkeypatch):
-  monkeypatch.setattr(sharding, "free_memory", lambda: 1000)
+# --- training --------------------------------------------------------------------------------
+
+
+def test_a_step_that_does_not_fit_says_what_to_change(toy_data, tmp_path, monkeypatch):
+  here = built(toy_data, tmp_path)
+  with pytest.raises(UserError) as error:
+    monkeypatch.setattr(sharding, "free_memory", lambda: 10**5)
+    train.compile_step(here, "regression")
+  message = str(error.value)
+  needed, over, free = (1e6 * float(n) for n in re.findall(r"([\d.]+) MB", message))
+  assert "stage 'regression': a training step of batch_size=2 needs" in message
+  assert free == 10**5 and needed - over == pytest.approx(free, abs=3e4)
+  kept = sharding.bytes_of((here.shape("regression"), train.batch_shapes(here, "regression")))
+  assert needed > kept
+  for field in ("config.batch_size lower than 2", "config.optim.accumulate raised",
+                "config.data.size", "config.dtype=bfloat16"):
+    assert field in message
+  assert "remat" not in message and "fsdp" not in message and "\n" not in message
+  monkeypatch.setattr(sharding, "free_memory", lambda: int(needed) + 10**5)
+  train.compile_step(here, "regression")
+
+
+@pytest.mark.parametrize("stage, there, absent", [
+  ("ddpm", ("config.ddpm.network.remat=True", "config.ddpm.batch_size"), ("dtype", "fsdp")),
+  ("fold_1", ("config.pix2pix.batch_size",), ("fold_1", "remat")),
+  ("unet", ("config.data.size",), ("batch_size", "accumulate"))])
+def test_remedies_are_fields_of_the_stage(stage, there, absent, toy_data):
+  config = toy_config("pix2pix_ddpm", toy_data, dtype="bfloat16")
+  config.unet.batch_size = 1
+  method = Method(None, None, None, txs={"net": None})
+  told = memory.training_remedy(config, stage, method, sharding.make_mesh())
+  assert all(field in told for field in there) and not any(field in told for field in absent), told
+  for field in re.findall(r"config[.\w]+", told):
+    part = config
+    for name in field.split(".")[1:]:
+      part = part[name]  # a KeyError if no command line could set it
+
+
+def test_several_devices_can_share_parameters(toy_data):
+  class Mesh:
+    size, shape = 8, {"fsdp": 2}
+  method = Method(None, None, None, txs={})
+  told = memory.training_remedy(toy_config("unet", toy_data, batch_size=8), "regression", method,
+                                Mesh)
+  assert "config.mesh.fsdp=8" in told and "batch_size" not in told and "accumulate" not in told
+
+
+@pytest.mark.parametrize("working, stage", [((10**15,), "first"), ((1, 10**15), "second")])
+def test_refused_before_any_stage_trains(working, stage, toy_data, tmp_path, monkeypatch):
+  takes = iter(working)
+  monkeypatch.setattr(sharding, "working_memory", lambda compiled: next(takes))
   monkeypatch.setitem(methods.METHODS, "scale", scale_build)
   config, store = two_stages(toy_data), Store(toy_data)
   here = run.start(config, store.info, tmp_path / "run")
-  with pytest.raises(UserError, match="more than the 0.00 MB that are free"):
+  with pytest.raises(UserError, match=f"stage '{stage}': a training step .* needs 1000000.0 GB"):
     train.train(here, store)
-  assert not list((tmp_path / "run" / "first").glob("checkpoints/*/state"))
+  assert sorted(p.name for p in here.folder.iterdir()) == ["config.json", "dataset.json"]
+
+
+def test_stages_that_are_trained_are_not_compiled_again(toy_data, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(methods.METHODS, "scale", scale_build)
+  store, config = Store(toy_data), two_stages(toy_data)
+  here = run.start(config, store.info, tmp_path / "run")
+  train.train(here, store)
+  assert capsys.readouterr().out.count("training step compiled in") == 2
+  train.train(here, store)
+  assert "training step" not in capsys.readouterr().out
+
+
+# --- silence ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("silent", ["working_memory", "free_memory"])
