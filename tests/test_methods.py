@@ -1,10 +1,13 @@
 """The paired systems: losses reach the parameters they should, and no others."""
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_train import get_config, toy_config
 
@@ -12,6 +15,7 @@ from medsynth_jax import losses, run
 from medsynth_jax.contract import create
 from medsynth_jax.data.dataset import load_info
 from medsynth_jax.data.pipeline import example_batch
+from medsynth_jax.nets import registry
 
 
 @functools.cache
@@ -52,7 +56,6 @@ def test_gan_step_trains_both_nets(name, toy_data):
 
 def test_generator_follows_the_updated_discriminator(toy_data):
   """The pulled-back gradient equals the plain one through generator and updated discriminator."""
-  from medsynth_jax.nets import registry
   config = get_config("pix2pix")
   method, state, batch = build("pix2pix", toy_data)
   after, _ = jax.jit(method.step)(state, batch, jax.random.key(1))
@@ -138,3 +141,29 @@ def test_a_discriminator_of_many_scales_fits_in(name, section, toy_data):
   assert set(state.nets["discriminator"]) == {"scale_0", "scale_1"}
   after, metrics = jax.eval_shape(method.step, state, example, key)
   assert metrics["discriminator"].shape == () and after.nets == state.nets
+
+
+class Judge(nn.Module):
+  """A toy discriminator: one logit a pixel, which sees that pixel alone."""
+  width: int = 2
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1, name="logit")(nn.relu(nn.Dense(self.width, dtype=self.dtype)(x)))
+
+
+def test_a_new_discriminator_is_a_class_and_a_line(toy_data, monkeypatch):
+  """`discriminator.name` finds it, with its fields; no loop and no method is touched."""
+  monkeypatch.setitem(registry.NETS, "judge", Judge)
+  config = toy_config("pix2pix", toy_data)
+  config.discriminator = {"name": "judge", "width": 3}
+  here = run.build(config, load_info(toy_data), "nowhere")
+  method = here.methods["pix2pix"]
+  method.txs.update({net: optax.sgd(0.1) for net in method.txs})
+  _, _, batch = build("pix2pix", toy_data)
+  state = jax.jit(lambda key: create(method, key, batch, {}))(here.key("pix2pix"))
+  assert state.nets["discriminator"]["Dense_0"]["kernel"].shape == (2, 3)  # source and image
+  after, metrics = jax.jit(method.step)(state, batch, jax.random.key(1))
+  assert moved(state, after, "discriminator") and moved(state, after, "generator")
+  assert 0 < float(metrics["discriminator"]) < np.inf
