@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -48,13 +49,7 @@ def train_stage(run: Run, store: Store, stage: str, number: int, take: Callable 
   `take` is its compiled step; a stage that has taken its last one needs none.
   """
   section, folder = run.sections[stage], run.folder / stage
-  store.open()
-  augment = make_augment(run.config, section, run.info)
-  source = pipeline.training(store, run.task, augment, section, run.config, number,
-                             jax.process_index(), jax.process_count())
-  batches = iter(grain.experimental.ThreadPrefetchIterDataset(
-    source.map(functools.partial(sharding.put_batch, run.mesh)),
-    prefetch_buffer_size=run.config.data.prefetch))
+  batches = training_batches(run, store, stage, number)
   with jax.set_mesh(run.mesh), Checkpoints(folder) as saved, _stop_signals() as stop:
     state = _start(run, stage, saved, batches)
     step = int(state.step)
@@ -106,6 +101,18 @@ def train_stage(run: Run, store: Store, stage: str, number: int, take: Callable 
       saved.wait()
 
 
+def training_batches(run: Run, store: Store, stage: str, number: int):
+  """The endless iterator over a stage's training batches, some of them on the devices ahead."""
+  store.open()
+  section = run.sections[stage]
+  augment = make_augment(run.config, section, run.info)
+  source = pipeline.training(store, run.task, augment, section, run.config, number,
+                             jax.process_index(), jax.process_count())
+  return iter(grain.experimental.ThreadPrefetchIterDataset(
+    source.map(functools.partial(sharding.put_batch, run.mesh)),
+    prefetch_buffer_size=run.config.data.prefetch))
+
+
 @jax.jit
 def finite(nets):
   """{"weights": a number that is finite if all parameters are}."""
@@ -125,8 +132,13 @@ def _start(run: Run, stage: str, saved: Checkpoints, batches) -> State:
     folder = run.folder / earlier_stage
     start[net] = checkpoint.load_state(folder, run.shape(earlier_stage), "latest")[0].nets[net]
   checkpoint.save_frozen(run.folder / stage, frozen)
+  return new_state(run, stage, frozen, start)
+
+
+def new_state(run: Run, stage: str, frozen: dict[str, State], start: dict[str, Any]) -> State:
+  """A stage's first state on the run's mesh; see `contract.create`."""
   example = pipeline.example_batch(run.task, run.info)
-  places = jax.tree.map(lambda x: x.sharding, shape)
+  places = jax.tree.map(lambda x: x.sharding, run.shape(stage))
   make = functools.partial(create, run.methods[stage])
   return jax.jit(make, out_shardings=places)(run.key(stage), example, frozen, start)
 

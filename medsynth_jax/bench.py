@@ -1,0 +1,147 @@
+"""How fast a config trains and synthesises on this machine, stage by stage.
+
+python -m medsynth_jax.bench --config=configs/pix2pix.py --steps=20 --out=FILE.json
+
+Takes `config.data.dir`, or makes the built-in data in --workdir (which may be a run that holds them
+already), else in a temporary folder. No run and no checkpoint is left behind. Weights are random,
+those of earlier stages too: only speed is measured. The persistent compile cache is off, so that
+compile times are whole. --trace writes a profiler trace of some steps of each stage, to be opened
+with TensorBoard or Perfetto.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from medsynth_jax import builtin, checkpoint, cli, measuring
+from medsynth_jax import config as configs
+from medsynth_jax import run as runs
+from medsynth_jax.contract import State
+from medsynth_jax.data.dataset import Store
+from medsynth_jax.errors import UserError
+from medsynth_jax.memory import size
+
+# (row of the table, how its number is told)
+ROWS = (
+  ("batch_size", "batch size", str),
+  ("parameters", "parameters", "{:,}".format),
+  ("compile_seconds", "compile the step, s", "{:.1f}".format),
+  ("step_seconds", "training step, ms", lambda s: f"{1e3 * s:.1f}"),
+  ("images_per_second", "images/s", "{:.1f}".format),
+  ("data_images_per_second", "images/s of the data pipeline", "{:.0f}".format),
+  ("step_flops", "GFLOP a step", lambda n: f"{n / 1e9:.2f}"),
+  ("share_of_peak", "of the bfloat16 peak", "{:.1%}".format),
+  ("state_bytes", "state", size),
+  ("step_bytes", "state, batches and step", size),
+  ("peak_bytes", "peak so far", size),
+  ("synthesis_compile_seconds", "compile synthesis, s", "{:.1f}".format),
+  ("synthesis_window_seconds", "synthesis, ms a slice", lambda s: f"{1e3 * s:.1f}"),
+  ("synthesis_volume_seconds", "synthesis, s a volume", "{:.2f}".format),
+)
+
+
+def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = None
+            ) -> dict[str, Any]:
+  """{machine, stages: {name: what `measuring.stage` tells}, notes} of a config on a data set.
+
+  A stage without one fold is a copy of its coarse stage and is not measured again.
+  """
+  store = Store(data)
+  run = runs.build(config, store.info, data / "no run")
+  made: dict[str, State] = {}
+  found = {"machine": measuring.machine(), "stages": {}}
+  for name, section in run.sections.items():
+    if name not in run.config.get("stages", (name,)):
+      made[name] = made[_coarse(run, name)]
+      continue
+    told, made[name] = measuring.stage(run, store, name, made, steps, trace and trace / name)
+    found["stages"][name] = {"needs": list(run.needs(name)), "method": section.method, **told}
+  return found | {"notes": notes(found)}
+
+
+def _coarse(run: runs.Run, fold: str) -> str:
+  """The stage that a stage without one fold is a copy of."""
+  return next(s.coarse for s in run.sections.values() if fold in configs.folds(s))
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+  """What a reader of the numbers has to know, a line each."""
+  machine, stages = found["machine"], found["stages"]
+  lines = []
+  for name, told in stages.items():
+    if told["data_over_step"] < measuring.APPETITE:
+      lines.append(f"{name}: the data pipeline alone makes {told['data_over_step']:.1f} times the"
+                   f" images that the step takes, less than {measuring.APPETITE}: it may hold"
+                   " training up; set config.data.threads higher or turn augmentation off")
+    if told.get("volume_measured") is False:
+      lines.append(f"{name}: a volume is worked out from one batch of its slices")
+  if not machine["peak_flops"]:
+    lines.append(f"the peak of {machine['device']} is not known, so that no share of it is told")
+  later = [name for name, told in stages.items() if told["needs"]]
+  if later:
+    lines.append(f"{', '.join(later)}: earlier stages have random weights; only speed is measured")
+  return lines
+
+
+def table(found: dict[str, Any]) -> str:
+  """The measurements as text: a row a quantity, a column a stage."""
+  machine, stages = found["machine"], found["stages"]
+  first, versions = next(iter(stages.values())), machine["versions"]
+  sizes = "x".join(map(str, first["size"]))
+  unit = "ms a patch" if len(first["size"]) == 3 else "ms a slice"
+  lines = [f"{machine['devices']} x {machine['device']} ({machine['platform']}), jax"
+           f" {versions['jax']}, {sizes}, {first['dtype']}",
+           " " * 30 + "".join(f"{name:>16}" for name in stages)]
+  for field, title, say in ROWS:
+    cells = ["-" if told.get(field) is None else say(told[field]) for told in stages.values()]
+    lines.append(f"{title.replace('ms a slice', unit):30}" + "".join(f"{c:>16}" for c in cells))
+  return "\n".join([*lines, *(f"note: {line}" for line in found["notes"])])
+
+
+def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Path | None = None,
+           trace: Path | None = None) -> str:
+  """Measures a config, writes `out` (JSON), and returns the table.
+
+  Args:
+    workdir: a folder for the built-in data, if `config.data.dir` is empty; None: a temporary one.
+
+  Raises:
+    UserError: what the command was given is wrong, or does not fit the memory.
+  """
+  if steps < 1:
+    raise UserError(f"--steps={steps}: give 1 or more")
+  if out and (out.is_dir() or not out.parent.is_dir()):
+    raise UserError(f"--out={out}: give a file in a folder that exists")
+  with tempfile.TemporaryDirectory(prefix="medsynth_bench_") as folder:
+    runs.check(config, Path(folder) / "run")
+    data = Path(config.data.dir or builtin.make(config, workdir or Path(folder)))
+    found = measure(config, data, steps, trace)
+  if out:
+    checkpoint.write_text(out, json.dumps({"command": sys.argv[1:], **found}, indent=1) + "\n")
+  return table(found)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  config = CONFIG.value
+  if config is None or "data" not in config:
+    raise UserError("give --config=configs/NAME.py, a config that trains")
+  jax.config.update("jax_enable_compilation_cache", False)
+  paths = (flag.value and Path(flag.value) for flag in (WORKDIR, OUT, TRACE))
+  print(report(config, STEPS.value, *paths))
+
+
+if __name__ == "__main__":
+  CONFIG = cli.define_config()
+  WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for the built-in data, kept; default: a temporary one.")
+  STEPS = flags.DEFINE_integer("steps", 20, "Training steps that are timed, of each stage.")
+  OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+  TRACE = flags.DEFINE_string("trace", None, "Folder for a profiler trace of each stage.")
+  cli.run(main)

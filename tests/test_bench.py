@@ -1,0 +1,135 @@
+"""The benchmark: what it measures, what it says of it, and that it leaves nothing behind."""
+
+import json
+
+import jax
+import pytest
+from test_train import get_config, scale_build, toy_config, two_stages
+
+from medsynth_jax import bench, builtin, measuring, methods
+from medsynth_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def measured(toy_data, tmp_path_factory):
+  """(table, JSON) of a config whose last two stages need the first, and the folder of both."""
+  folder, before = tmp_path_factory.mktemp("bench"), sorted(toy_data.rglob("*"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(methods.METHODS, "scale", scale_build)
+    patch.setattr(measuring, "DATA_SECONDS", 0.05)
+    config = two_stages(toy_data)
+    config.stages = ("first", "second", "third")
+    config.third = config.second.copy_and_resolve_references()
+    text = bench.report(config, 3, None, folder / "out.json", folder / "trace")
+  assert sorted(toy_data.rglob("*")) == before, "files were left in the data set"
+  return text, json.loads((folder / "out.json").read_text()), folder
+
+
+def test_every_stage_is_measured(measured):
+  text, found, folder = measured
+  assert list(found["stages"]) == ["first", "second", "third"]
+  for name, told in found["stages"].items():
+    assert told["batch_size"] == 2 and told["parameters"] == 1
+    for field in ("compile_seconds", "step_seconds", "step_flops", "state_bytes", "peak_bytes",
+                  "synthesis_compile_seconds", "synthesis_window_seconds"):
+      assert told[field] > 0, f"{name}: {field}"
+    assert told["images_per_second"] == pytest.approx(2 / told["step_seconds"])
+    assert told["data_over_step"] == pytest.approx(
+      told["data_images_per_second"] / told["images_per_second"])
+    assert told["step_bytes"] > told["state_bytes"]
+    assert told["volume_shape"] == [10, 20, 24] and told["volume_windows"] == 40
+    assert told["synthesis_volume_seconds"] == pytest.approx(
+      40 * told["synthesis_window_seconds"])
+    assert list((folder / "trace" / name).rglob("*.xplane.pb"))
+  assert found["machine"]["platform"] == "cpu" and found["machine"]["versions"]["jax"]
+  assert sorted(p.name for p in folder.iterdir()) == ["out.json", "trace"]
+
+
+def test_the_table_says_what_its_numbers_are_worth(measured):
+  text, found, _ = measured
+  assert "first          second" in text and "16x16, float32" in text
+  assert "is not known, so that no share of it is told" in text
+  assert "second, third: earlier stages have random weights; only speed is measured" in text
+  assert all(line in text for line in found["notes"])
+
+
+@pytest.mark.parametrize("over, noted", [(4.9, True), (5.1, False)])
+def test_a_slow_data_pipeline_is_told(over, noted):
+  found = {"machine": {"device": "x", "peak_flops": 1.0},
+           "stages": {"unet": {"data_over_step": over, "needs": [], "volume_measured": True}}}
+  told = bench.notes(found)
+  assert bool(told) == noted and (not noted or "4.9 times" in told[0])
+
+
+def test_steps_are_waited_for_once_a_window(monkeypatch):
+  """So that the host runs ahead of the device as in training."""
+  events = []
+  def compiled(state, batch):
+    events.append(batch)
+    return state + 1, {}
+  monkeypatch.setattr(jax, "block_until_ready", lambda tree: events.append("wait"))
+  state, seconds = measuring._steps(compiled, 0, ["a", "b"], 15, None)
+  assert events == ["a", "b", "wait", *["a", "b", "a", "wait"] * 5]
+  assert state == 17 and seconds > 0
+
+
+@pytest.mark.parametrize("kind, flops", [
+  ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12),
+  ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("Tesla T4", 65e12),
+  ("NVIDIA GeForce RTX 4090", 165.2e12), ("TPU v4", 275e12), ("TPU v5 lite", 197e12),
+  ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA L40S", None), ("TPU v7", None)])
+def test_peaks_of_chips(kind, flops):
+  assert (measuring.peak(kind) or (None,))[0] == flops
+
+
+def test_stages_without_a_fold_are_copies(toy_data, monkeypatch):
+  """They are not measured again; the stage that needs them gets the coarse stage's state."""
+  seen = {}
+  def stage(run, store, name, frozen, steps, trace):
+    seen[name] = {need: frozen[need] for need in run.needs(name)}
+    return {"data_over_step": 9.0}, f"state of {name}"
+  monkeypatch.setattr(measuring, "stage", stage)
+  bench.measure(toy_config("pix2pix_ddpm", toy_data), toy_data, 1)
+  assert list(seen) == ["pix2pix", "ddpm", "unet"]
+  assert set(seen["ddpm"]) == {"pix2pix", "fold_0", "fold_1"}
+  assert set(seen["ddpm"].values()) == {"state of pix2pix"}
+
+
+def test_a_long_volume_is_worked_out_from_a_batch(toy_data, monkeypatch, tmp_path):
+  made = []
+  monkeypatch.setattr(measuring, "VOLUME_SECONDS", 0.0)
+  monkeypatch.setattr(measuring, "DATA_SECONDS", 0.0)
+  monkeypatch.setitem(methods.METHODS, "scale", scale_build)
+  synthesise = measuring.windows.synthesise
+  monkeypatch.setattr(measuring.windows, "synthesise", lambda predict, state, source, *a, **how: (
+    made.append(len(source)), synthesise(predict, state, source, *a, **how)))
+  config = two_stages(toy_data)
+  config.stages = ("first",)
+  config.synthesis.batch_size = 4
+  found = bench.measure(config, toy_data, 1)
+  assert made == [4, 4] and found["stages"]["first"]["volume_measured"] is False
+  assert "worked out from one batch" in "".join(found["notes"])
+
+
+def test_built_in_data_are_made_and_removed(toy_data, monkeypatch):
+  folders = []
+  def make(config, folder):
+    folders.append(folder)
+    return toy_data
+  monkeypatch.setattr(builtin, "make", make)
+  monkeypatch.setattr(bench, "measure", lambda config, data, steps, trace: {"data": data})
+  monkeypatch.setattr(bench, "table", lambda found: found["data"])
+  config = get_config("unet")
+  assert bench.report(config, 1) == toy_data and not folders[0].exists()
+  assert bench.report(config, 1, toy_data) == toy_data and folders[1] == toy_data
+
+
+@pytest.mark.parametrize("how, message", [
+  ({"steps": 0}, "--steps=0"), ({"out": "absent/x.json"}, "a folder that exists"),
+  ({"out": "."}, "give a file"), ({"batch_size": 0}, "config.batch_size=0")])
+def test_bad_input_is_one_line(how, message, toy_data, tmp_path):
+  config = toy_config("unet", toy_data, **{k: v for k, v in how.items() if k == "batch_size"})
+  out = tmp_path / how["out"] if "out" in how else None
+  with pytest.raises(UserError, match=message) as error:
+    bench.report(config, how.get("steps", 1), out=out)
+  assert "\n" not in str(error.value)
