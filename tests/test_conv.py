@@ -61,6 +61,18 @@ def test_cured_transposed_conv_equals_plain(rank, k, stride, padding, extra, mon
               (stride,) * rank, pads)
 
 
+@pytest.mark.parametrize("rank, k, stride, pad", [
+  (2, 4, 2, (1, 1)), (2, 3, 2, (0, 1)), (2, 3, 1, (1, 1)), (2, 3, 3, (0, 0)), (2, 2, 3, (1, 0)),
+  (3, 4, 2, (1, 1))])
+def test_small_maps_equal_plain(rank, k, stride, pad):
+  x, kernel = array(0, 1, *(4, 5, 3)[:rank], 32), array(1, *(k,) * rank, 32, 40)
+  settings = (stride,) * rank, (pad,) * rank
+  assert_same(conv_ops.cured_conv, conv_ops.plain_conv, x, kernel, *settings)
+  kernel = kernel.swapaxes(-1, -2)
+  assert_same(conv_ops.cured_conv_transpose, conv_ops.plain_conv_transpose, x, kernel,
+              (stride,) * rank, tuple((k - 1 - low, k - high) for low, high in settings[1]))
+
+
 def test_gradient_of_a_gradient_is_the_plain_one():
   x, first, second = array(0, 1, 8, 8, 2), array(1, 4, 4, 2, 24), array(2, 4, 4, 24, 1)
 

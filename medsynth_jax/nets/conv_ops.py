@@ -2,6 +2,10 @@
 
 Measured with jax 0.10.2 on 2 cores (tests/peers/bench_conv.py), XLA:CPU runs a 2-D convolution at
 about the speed of a matrix product, except for:
+  convolutions without any padding, such as those after reflection (2 to 4 times slower): one more
+    row of zeros, its output cut away;
+  maps of fewer positions than channels, whose kernels are large for what they do (2 to 30 times
+    slower, transposed ones most): one matrix product, without a copy of the kernel in other order;
   weight gradients over more than about 1000 positions (3 to 5 times slower): summed over strips;
   weight gradients of transposed convolutions (20 times): written as those of the strided
     convolution that they transpose;
@@ -14,6 +18,7 @@ about the speed of a matrix product, except for:
 `stride` and `pads` are tuples with one entry for each spatial axis; a pad is (low, high).
 """
 
+import math
 from functools import partial
 
 import jax
@@ -74,6 +79,51 @@ def _pad(x, config):
   return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
 
 
+def _padded_conv(x, kernel, stride, pads):
+  """`plain_conv`, whose window passes the image's edge somewhere."""
+  if any(map(any, pads)) or 1 in (x.shape[-1], *kernel.shape[:2]):
+    return plain_conv(x, kernel, stride, pads)
+  rows = (x.shape[1] - kernel.shape[0]) // stride[0] + 1
+  return plain_conv(x, kernel, stride, ((0, stride[0]), (0, 0)))[:, :rows]
+
+
+def _is_small(positions, kernel_shape) -> bool:
+  """Whether a map (batch and space) has fewer positions than channels."""
+  return math.prod(positions) <= min(kernel_shape[-2:])
+
+
+def _patches(x, out, k, stride, pads):
+  """What a 2-D convolution of `out` positions sees: [B * out, k * k * I], in the kernel's order."""
+  ends = [(m - 1) * step + 1 for m, step in zip(out, stride, strict=True)]
+  x = _pad(x, [
+    (low, end + tap - 1 - n - low, 0)
+    for n, end, tap, (low, _) in zip(x.shape[1:3], ends, k, pads, strict=True)
+  ])
+  x = jnp.concatenate([x[:, :, j:j + ends[1]:stride[1]] for j in range(k[1])], -1)
+  x = jnp.concatenate([x[:, i:i + ends[0]:stride[0]] for i in range(k[0])], -1)
+  return x.reshape(-1, x.shape[-1])
+
+
+def _small_forward(x, kernel, out, stride, pads):
+  """2-D convolution to a small map."""
+  patches = _patches(x, out, kernel.shape[:2], stride, pads)
+  return (patches @ kernel.reshape(-1, kernel.shape[-1])).reshape(len(x), *out, -1)
+
+
+def _small_transpose(x, kernel, stride, pads):
+  """2-D transposed convolution of a small map: products for all taps, stretched, shifted, added."""
+  y = jnp.einsum("bhwi,klOi->klbhwO", x, kernel)
+  for taps, step, (low, high) in zip(kernel.shape[:2], stride, pads, strict=True):
+    total = 0
+    for i in range(taps):
+      # The first product of a tap lands at low + i + 1 - taps; the ends may be cut.
+      config = [(0, 0, 0)] * (y.ndim - 1)
+      config[2] = (low + i + 1 - taps, high - i, step - 1)
+      total += lax.pad(y[i], jnp.zeros((), y.dtype), config)
+    y = total
+  return y
+
+
 def _is_few(kernel_shape, stride) -> bool:
   *k, inputs, outputs = kernel_shape
   few = outputs <= FEW_CHANNELS and 8 * outputs <= inputs
@@ -111,8 +161,11 @@ def _few_weight_gradient(x, g, k, pads):
 
 
 def _weight_gradient(x, g, k, stride, pads):
-  """Weight gradient of a 2-D convolution, summed over strips of rows."""
+  """Weight gradient of a 2-D convolution, summed over strips of rows unless the map is small."""
   batch, rows, columns = g.shape[:3]
+  if _is_small(g.shape[:3], (x.shape[-1], g.shape[-1])):
+    patches = _patches(x, (rows, columns), k, stride, pads)
+    return (patches.T @ g.reshape(-1, g.shape[-1])).reshape(*k, x.shape[-1], -1)
   strips = min(rows, MAX_STRIPS, -(-batch * rows * columns // STRIP))
   height = -(-rows // strips)
   x = _pad(x, [
@@ -135,7 +188,13 @@ def _weight_gradient(x, g, k, stride, pads):
 def _conv(x, kernel, stride, pads):
   if _is_few(kernel.shape, stride):
     return _few_forward(x, kernel, pads)
-  return plain_conv(x, kernel, stride, pads)
+  out = tuple(
+    (n + sum(pad) - tap) // step + 1
+    for n, tap, step, pad in zip(x.shape[1:3], kernel.shape[:2], stride, pads, strict=True)
+  )
+  if _is_small((len(x), *out), kernel.shape):
+    return _small_forward(x, kernel, out, stride, pads)
+  return _padded_conv(x, kernel, stride, pads)
 
 
 def _conv_forward(x, kernel, stride, pads):
@@ -155,11 +214,13 @@ def _conv_backward(stride, pads, saved, g):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_transpose(x, kernel, stride, pads):
+  if _is_small(x.shape[:3], kernel.shape):
+    return _small_transpose(x, kernel, stride, pads)
   return plain_conv_transpose(x, kernel, stride, pads)
 
 
 def _conv_transpose_forward(x, kernel, stride, pads):
-  return plain_conv_transpose(x, kernel, stride, pads), (x, kernel)
+  return _conv_transpose(x, kernel, stride, pads), (x, kernel)
 
 
 def _conv_transpose_backward(stride, pads, saved, g):
