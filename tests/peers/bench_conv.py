@@ -8,11 +8,11 @@ fail. The networks are pix2pix's U-Net and ResNet-9 at 256x256, batch 1.
 
 import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from alternation import alternate
 
 from medsynth_jax.nets.conv import cure_setting
 from medsynth_jax.nets.conv_ops import (
@@ -48,20 +48,6 @@ NETWORKS = (
   ("ResNet-9 256^2", ResNetGenerator()),
   ("U-Net 256^2", UNet()),
 )
-
-
-def alternate(functions, seconds=4.0, least=3):
-  """Median seconds of each function, called in turn; the first call of each is not counted."""
-  for function in functions:
-    jax.block_until_ready(function())
-  times = [[] for _ in functions]
-  start = time.perf_counter()
-  while len(times[0]) < least or time.perf_counter() - start < seconds:
-    for function, record in zip(functions, times, strict=True):
-      begin = time.perf_counter()
-      jax.block_until_ready(function())
-      record.append(time.perf_counter() - begin)
-  return [statistics.median(record) for record in times]
 
 
 def array(rng, *shape):
@@ -111,7 +97,7 @@ def main(what):
     rows += [(name, network_functions(network)) for name, network in NETWORKS]
   print(f"{'':32}{'plain ms':>10}{'cured ms':>10}{'ratio':>8}")
   for name, functions in rows:
-    plain, cured = alternate(functions)
+    plain, cured = (statistics.median(x) for x in alternate(functions, seconds=4.0))
     print(f"{name:32}{1e3 * plain:10.1f}{1e3 * cured:10.1f}{plain / cured:8.1f}", flush=True)
 
 
