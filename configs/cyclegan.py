@@ -3,7 +3,15 @@
   python -m medsynth_jax.main --config=configs/cyclegan.py --workdir=runs/cyclegan
 
 The best checkpoint is chosen on validation subjects that have both scans; without any it is the
-latest. The laptop variant has been run for a few steps only: no score is known yet.
+latest.
+
+Built-in simulated data of 4 mm (16 training, 2 test subjects), T1 -> T2, PSNR / SSIM in the body; 6
+CPU minutes:
+
+  cyclegan 11.44 / 0.017; constant 13.68 / 0.133; lut2 14.34 / 0.249; ceiling 34.83 / 0.982
+
+After this short run it is below `constant`: nothing tells it which tissue is bright in a T2, and it
+leaves the ventricles dark. `:paper` has not been run.
 """
 
 from medsynth_jax import config as common
@@ -23,7 +31,7 @@ def laptop(config):
   """Small images and nets: what two CPU cores train in minutes."""
   config.data.size = "48,64"
   config.data.simulated.spacing = "4,4,4"
-  config.steps, config.batch_size = 4000, 2
+  config.steps, config.batch_size = 2000, 2
   config.generator.update(base=16, blocks=4)
   config.discriminator.update(base=16, n_layers=2)
   config.optim.update(lr=1e-3, schedule="linear", hold=0.3, ema=0.99)
