@@ -24,13 +24,28 @@ from medsynth_jax.data.intensities import Scaling
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Compiled code is shared by the tests of one run."""
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("xla"))
+  """Compiled code is shared by the tests of one run, on all workers."""
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "xla")
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for the commands that tests start
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   return folder
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+  """Compiles without LLVM's optimisations: two thirds of the time, for what runs a few steps only.
+
+  The commands that tests start do so too, so that their results are the same bits.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_toy_data(folder, shape=(20, 24, 10), splits=("train",) * 4 + ("validation", "test"),

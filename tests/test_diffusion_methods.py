@@ -14,6 +14,8 @@ from medsynth_jax.data.dataset import load_info
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.methods import ddpm
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def config_for(name, data, *changes, targets=None):
   """The test variant of a diffusion config on toy data."""

@@ -22,6 +22,8 @@ from medsynth_jax.data.dataset import Store
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 ROOT = Path(__file__).parents[1]
 STAGED = ("cldm", "pix2pix_ddpm")  # their stages resume in test_diffusion_methods.py
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py")
