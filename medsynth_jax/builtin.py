@@ -3,11 +3,13 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from medsynth_jax import config as configs
 from medsynth_jax import prepare
-from medsynth_jax.data import fusion, phantom
+from medsynth_jax.data import fusion, intensities, phantom
+from medsynth_jax.data.dataset import Case, Info, Modality
 from medsynth_jax.data.examples import ANY
 from medsynth_jax.errors import UserError
 
@@ -38,6 +40,24 @@ def make(config: ConfigDict, workdir: Path) -> Path:
                 # else a fold might hold all that is known of a target
                 stratify="modalities" if simulated.missing == "confounded" else "")
   return prepare.prepare(fields)
+
+
+def outline(config: ConfigDict) -> Info:
+  """The description of the data set that `make` would make, as far as networks depend on it.
+
+  Modalities, units and the size of slices; one case without images, MR from 0 to 1.
+  """
+  spacing = _spacing(config.data.simulated.spacing)
+  (shape, affine), rules = phantom.grid(spacing), {
+    name: intensities.rules_for(name) for name in _modalities(config.data)[1]}
+  modalities = {name: Modality(name, r.type, r.unit, r.background, r.source, r.target,
+                               intensities.fit(r.target, np.array([0.0, 1.0])))
+                for name, r in rules.items()}
+  case = Case(0, "simulated", "", "train", 0, "", shape, tuple(map(tuple, affine.tolist())), 0, {},
+              (), {}, {})
+  plane = max((2, 1, 0), key=lambda axis: spacing[axis])
+  return Info("outline", True, next(iter(modalities)), plane, spacing, False, modalities, (),
+              (case,), {}, {}, {})
 
 
 def _modalities(data: ConfigDict) -> tuple[tuple[str, ...], tuple[str, ...]]:

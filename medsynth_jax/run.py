@@ -202,11 +202,24 @@ def check(config: ConfigDict, folder: Path) -> None:
   """What can be told of a training run before its data are made.
 
   Raises:
+    UserError: as `check_fields`; a folder that holds something else.
+  """
+  check_fields(config, sharding.make_mesh(config.mesh.fsdp))
+  stray = [] if not folder.is_dir() or (folder / "config.json").exists() else sorted(
+    p.name for p in folder.iterdir() if p.name not in BESIDE and not p.name.startswith("."))
+  if stray:
+    raise UserError(f"{folder} holds other files ({', '.join(stray[:3])}) and no config.json;"
+                    " choose an empty or new --workdir")
+
+
+def check_fields(config: ConfigDict, mesh: Mesh) -> None:
+  """What can be told of a config alone.
+
+  Raises:
     UserError: a field outside its range, an unknown method or stage, a batch that does not divide
-      over the devices, a folder that holds something else.
+      over the devices.
   """
   configs.check_ranges(config)
-  mesh = sharding.make_mesh(config.mesh.fsdp)
   known: list[str] = []
   for stage, section in configs.stages(config).items():
     if section.method not in METHODS:
@@ -219,20 +232,18 @@ def check(config: ConfigDict, folder: Path) -> None:
                       f" they come from by {stage}.pretrained=RUN")
     known.append(stage)
     sharding.check_batch(section.batch_size, mesh)
-  stray = [] if not folder.is_dir() or (folder / "config.json").exists() else sorted(
-    p.name for p in folder.iterdir() if p.name not in BESIDE and not p.name.startswith("."))
-  if stray:
-    raise UserError(f"{folder} holds other files ({', '.join(stray[:3])}) and no config.json;"
-                    " choose an empty or new --workdir")
 
 
-def build(config: ConfigDict, info: Info, folder: Path) -> Run:
+def build(config: ConfigDict, info: Info, folder: Path, mesh: Mesh | None = None) -> Run:
   """Builds the methods of a config's stages.
+
+  Args:
+    mesh: its devices; by default all of this machine, `config.mesh.fsdp` of which share parameters.
 
   Raises:
     UserError: a size that a network refuses, several targets for a method that makes one.
   """
-  mesh = sharding.make_mesh(config.mesh.fsdp)
+  mesh = sharding.make_mesh(config.mesh.fsdp) if mesh is None else mesh
   methods: dict[str, Method] = {}
   make_task(config.data, info)  # what is wrong with the data fields is told first
   for stage, section in configs.stages(config).items():

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ BATCH = PartitionSpec(("data", "fsdp"))
 SMALL = 2**14  # arrays below this size are not worth splitting
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """All devices as a mesh ("data", "fsdp"); parameters are split over `fsdp` devices."""
-  n = jax.device_count()
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """All devices, or those given, as a mesh ("data", "fsdp"); `fsdp` of them share parameters."""
+  n = jax.device_count() if devices is None else len(devices)
   if fsdp < 1 or n % fsdp:
     raise UserError(f"mesh.fsdp={fsdp} does not divide the {n} devices")
   # Auto axes: under Explicit ones Flax convolutions and dropout raise ShardingTypeError.
-  return jax.make_mesh((n // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+  return jax.make_mesh((n // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
+                       devices=devices)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -103,7 +105,8 @@ def same_shapes(mesh: Mesh, example: dict[str, np.ndarray], size: int) -> dict[s
 
 
 def _same(mesh: Mesh, size: int) -> NamedSharding:
-  spec = BATCH if jax.process_count() == 1 and size % mesh.size == 0 else PartitionSpec()
+  processes = {device.process_index for device in mesh.devices.flat}
+  spec = BATCH if len(processes) == 1 and size % mesh.size == 0 else PartitionSpec()
   return NamedSharding(mesh, spec)
 
 

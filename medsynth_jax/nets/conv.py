@@ -38,9 +38,15 @@ def cure_setting(setting: str):
 
 
 def cured(setting: str | None = None) -> bool:
-  """Whether the cure is on: a layer's own setting, else `cure_setting`; "auto" means on the CPU."""
+  """Whether the cure is on: a layer's own setting, else `cure_setting`; "auto" means on the CPU.
+
+  The devices of the mesh in use count: a pod's code can be compiled on a CPU (`pods`).
+  """
   setting = setting or _cure.get()
-  return jax.default_backend() == "cpu" if setting == "auto" else setting == "on"
+  if setting != "auto":
+    return setting == "on"
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 def kernel_init(name: str):
