@@ -7,6 +7,11 @@ already), else in a temporary folder. No run and no checkpoint is left behind. W
 those of earlier stages too: only speed is measured. The persistent compile cache is off, so that
 compile times are whole. --trace writes a profiler trace of some steps of each stage, to be opened
 with TensorBoard or Perfetto.
+
+python -m medsynth_jax.bench --config=configs/unet.py --topology=v5e:4x4 --config.batch_size=16
+
+runs nothing, but compiles all of it for a TPU pod and tells what `pods` says; `batch_size` is that
+of all devices together.
 """
 
 import json
@@ -19,7 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from medsynth_jax import builtin, checkpoint, cli, measuring
+from medsynth_jax import builtin, checkpoint, cli, measuring, pods
 from medsynth_jax import config as configs
 from medsynth_jax import run as runs
 from medsynth_jax.contract import State
@@ -116,8 +121,7 @@ def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Pat
   """
   if steps < 1:
     raise UserError(f"--steps={steps}: give 1 or more")
-  if out and (out.is_dir() or not out.parent.is_dir()):
-    raise UserError(f"--out={out}: give a file in a folder that exists")
+  _check_out(out)
   with tempfile.TemporaryDirectory(prefix="medsynth_bench_") as folder:
     runs.check(config, Path(folder) / "run")
     data = Path(config.data.dir or builtin.make(config, workdir or Path(folder)))
@@ -127,12 +131,31 @@ def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Pat
   return table(found)
 
 
+def report_pod(config: ConfigDict, topology: str, out: Path | None = None) -> None:
+  """Prints what `pods.describe` tells of a topology, as it comes, and writes it to `out` (JSON)."""
+  _check_out(out)
+  found = pods.describe(config, topology, lambda line: print(line, flush=True))
+  print(pods.note(found))
+  if out:
+    checkpoint.write_text(out, json.dumps({"command": sys.argv[1:], **found}, indent=1) + "\n")
+
+
+def _check_out(out: Path | None) -> None:
+  if out and (out.is_dir() or not out.parent.is_dir()):
+    raise UserError(f"--out={out}: give a file in a folder that exists")
+
+
 def main(argv: list[str]) -> None:
   del argv
   config = CONFIG.value
   if config is None or "data" not in config:
     raise UserError("give --config=configs/NAME.py, a config that trains")
   jax.config.update("jax_enable_compilation_cache", False)
+  if TOPOLOGY.value:
+    if TRACE.value or WORKDIR.value:
+      raise UserError("--topology runs nothing and needs no data: leave --trace and --workdir out")
+    report_pod(config, TOPOLOGY.value, OUT.value and Path(OUT.value))
+    return
   paths = (flag.value and Path(flag.value) for flag in (WORKDIR, OUT, TRACE))
   print(report(config, STEPS.value, *paths))
 
@@ -144,4 +167,6 @@ if __name__ == "__main__":
   STEPS = flags.DEFINE_integer("steps", 20, "Training steps that are timed, of each stage.")
   OUT = flags.DEFINE_string("out", None, "JSON file to write.")
   TRACE = flags.DEFINE_string("trace", None, "Folder for a profiler trace of each stage.")
+  TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "A TPU pod to compile for instead, as v5e:16x16.")
   cli.run(main)

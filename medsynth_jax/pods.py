@@ -22,7 +22,6 @@ over its ports. float32 networks multiply in bfloat16 passes on a TPU by default
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import time
@@ -84,14 +83,15 @@ def devices(topology: str) -> list[jax.Device]:
   return found
 
 
-def describe(config: ConfigDict, topology: str, tell: Callable = print) -> dict[str, Any]:
+def describe(config: ConfigDict, topology: str,
+             tell: Callable[[str], None] = print) -> dict[str, Any]:
   """What the compiler says of all stages of a config on a pod; see the module.
 
   Folds are left out: each is as its coarse stage. Without `data.dir` the shapes are those of the
   built-in simulated data, which are not made.
 
   Args:
-    tell: is given a line as each program is done.
+    tell: is given a line of the table as each program is done.
 
   Raises:
     UserError: as `devices`; a batch that does not divide; what `run.check_fields` and `build` do.
@@ -187,15 +187,11 @@ def row(told: Mapping[str, Any]) -> str:
           f"{kinds or 'none'}")
 
 
-def report(config: ConfigDict, topology: str, out: str = "") -> dict[str, Any]:
-  """Prints the table of `describe` and writes it as JSON to the file `out`, if given."""
-  told = describe(config, topology, lambda line: print(line, flush=True))
-  print(f"{told['devices']} x {told['chip']} on {told['hosts']} hosts, "
-        f"{told['chip_memory'] / 2**30:.2f} GiB each (!: does not fit); memory, TFLOPs and sent MB"
-        f" are a device's; efficiency is estimated, see medsynth_jax/pods.py")
-  if out:
-    Path(out).write_text(json.dumps(told, indent=1) + "\n")
-  return told
+def note(found: Mapping[str, Any]) -> str:
+  """What the rows of `describe` are of."""
+  return (f"{found['devices']} x {found['chip']} on {found['hosts']} hosts,"
+          f" {found['chip_memory'] / 2**30:.2f} GiB each (!: does not fit); memory, TFLOPs and sent"
+          " MB are a device's; efficiency is estimated, see medsynth_jax/pods.py")
 
 
 def _line(error: Exception) -> str:

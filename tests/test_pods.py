@@ -201,8 +201,8 @@ def test_a_pod_of_16(tmp_path):
   """The real step: each device's gradients are summed once, and nothing else is moved."""
   out = tmp_path / "pod.json"
   done = subprocess.run(
-    [sys.executable, "-c", "from medsynth_jax import cli, pods; pods.report(cli.read_config("
-     f"'configs/unet.py:test', ['--config.batch_size=32']), 'v5e:4x4', {str(out)!r})"],
+    [sys.executable, "-m", "medsynth_jax.bench", "--config=configs/unet.py:test",
+     "--topology=v5e:4x4", "--config.batch_size=32", f"--out={out}"],
     cwd=ROOT, text=True, capture_output=True)
   assert done.returncode == 0, done.stderr
   told = json.loads(out.read_text())
