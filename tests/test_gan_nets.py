@@ -13,6 +13,8 @@ from medsynth_jax.nets.patchgan import MultiScalePatchGAN, PatchGAN, over_scales
 from medsynth_jax.nets.registration import RegistrationResUNet
 from medsynth_jax.nets.stargan import StarGANDiscriminator, StarGANGenerator
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SMALL_FLOW = RegistrationResUNet(channels=(4, 6), blocks=1)
 
 

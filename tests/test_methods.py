@@ -17,6 +17,8 @@ from medsynth_jax.data.dataset import load_info
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.nets import registry
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @functools.cache
 def start(name, data, fields=()):
