@@ -168,18 +168,19 @@ def _weight_gradient(x, g, k, stride, pads):
     return (patches.T @ g.reshape(-1, g.shape[-1])).reshape(*k, x.shape[-1], -1)
   strips = min(rows, MAX_STRIPS, -(-batch * rows * columns // STRIP))
   height = -(-rows // strips)
-  x = _pad(x, [
-    (low, (m - 1) * step + tap - n - low, 0)
-    for n, m, tap, step, (low, _) in zip(
-      x.shape[1:3], g.shape[1:3], k, stride, pads, strict=True)
-  ])
+  vertical, (left, right) = (
+    (low, (m - 1) * step + tap - n - low) for n, m, tap, step, (low, _) in zip(
+      x.shape[1:3], g.shape[1:3], k, stride, pads, strict=True))
+  # Columns of zeros are left to the convolution, which is faster with them, most for batches.
+  x = _pad(x, [(*vertical, 0), (0, min(right, 0), 0)])
   x, g = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
   total = 0
   for top in range(0, rows, height):
     part = g[top:top + height]
     seen = x[:, top * stride[0]:(top + part.shape[0] - 1) * stride[0] + k[0]]
     total += lax.conv_general_dilated(
-      seen, part, (1, 1), "VALID", rhs_dilation=stride, dimension_numbers=_dimension_numbers(2)
+      seen, part, (1, 1), ((0, 0), (left, max(right, 0))), rhs_dilation=stride,
+      dimension_numbers=_dimension_numbers(2)
     )
   return total.transpose(1, 2, 0, 3)
 
