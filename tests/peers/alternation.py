@@ -7,8 +7,8 @@ import jax
 
 
 def alternate(functions: Sequence[Callable], repeats: int = 3,
-              seconds: float = 0.0) -> list[list[float]]:
-  """Seconds of each call of each function, at least `repeats` calls and `seconds` in all.
+              seconds: float = 0.0) -> list[list[tuple[float, float]]]:
+  """(seconds, processor seconds) of each function's calls: `repeats` or more, for `seconds` in all.
 
   The first call of each is not counted. A function's result is waited for if it is JAX's.
   """
@@ -18,7 +18,7 @@ def alternate(functions: Sequence[Callable], repeats: int = 3,
   start = time.perf_counter()
   while len(times[0]) < repeats or time.perf_counter() - start < seconds:
     for function, record in zip(functions, times, strict=True):
-      begin = time.perf_counter()
+      clock, processors = time.perf_counter(), time.process_time()
       jax.block_until_ready(function())
-      record.append(time.perf_counter() - begin)
+      record.append((time.perf_counter() - clock, time.process_time() - processors))
   return times

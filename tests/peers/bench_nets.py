@@ -7,7 +7,8 @@ diffusion U-Net and autoencoder, the published pix2pix and ResNet-9 in plain tor
 diffusers' DDIM loop. `pix2pix` is the whole training step (discriminator, then generator, Adam),
 `ddim` 50 steps of sampling, the others are forward and backward. On a CPU both compute in float32,
 torch eagerly; on a GPU both in bfloat16, torch in channels_last with torch.compile. The ratio is
-torch / ours, of medians: above 1 we are faster. The JSON is <device>.json in FOLDER
+torch / ours, of medians: above 1 we are faster; the second is that of processor time, which other
+work on the machine disturbs less. The JSON is <device>.json in FOLDER
 (tests/peers/results; with --only or --tiny none unless FOLDER is given). Not a test: timings are no
 pass or fail.
 """
@@ -270,8 +271,10 @@ def device_name():
 
 
 def summary(record):
-  low, median, high = statistics.quantiles(record, n=4, method="inclusive")
-  return {"median": median, "quartiles": [low, high]}
+  clock, processors = zip(*record, strict=True)
+  low, median, high = statistics.quantiles(clock, n=4, method="inclusive")
+  return {"median": median, "quartiles": [low, high],
+          "processors": statistics.median(processors)}
 
 
 def compared(name, tiny, repeats):
@@ -282,7 +285,8 @@ def compared(name, tiny, repeats):
                          f"{pair.their_parameters:,}")
   ours, theirs = (summary(x) for x in alternate((pair.ours, pair.theirs), repeats))
   return {"parameters": pair.our_parameters, "size": pair.size, "repeats": repeats,
-          "seconds": ours, "torch_seconds": theirs, "ratio": theirs["median"] / ours["median"]}
+          "seconds": ours, "torch_seconds": theirs, "ratio": theirs["median"] / ours["median"],
+          "processor_ratio": theirs["processors"] / ours["processors"]}
 
 
 def main(arguments):
@@ -302,16 +306,19 @@ def main(arguments):
     torch.set_num_threads(1)  # several threads wait for each other for long on a busy machine
 
   head = {"device": device_name(), "cores": os.cpu_count(), "dtype": DTYPE,
+          "load": os.getloadavg()[1],  # tasks that want a core, over the last 5 minutes
           "versions": {"python": platform.python_version(),
                        **{name: metadata.version(name) for name in VERSIONS}}}
-  print(f"{head['device']}, {head['cores']} cores, {DTYPE}, {head['versions']}")
-  print(f"{'':12}{'parameters':>12}{'input':>16}{'torch s':>9}{'ours s':>9}{'ratio':>7}")
+  print(f"{head['device']}, {head['cores']} cores, {DTYPE}, load {head['load']:.1f}",
+        head["versions"])
+  print(f"{'':12}{'parameters':>12}{'input':>16}{'torch s':>9}{'ours s':>9}{'ratio':>7}"
+        f"{'processors':>12}")
   rows = {}
   for name in options.only or PAIRS:
     rows[name] = row = compared(name, options.tiny, options.repeats)
     print(f"{name:12}{row['parameters']:12,}{'x'.join(map(str, row['size'])):>16}"
           f"{row['torch_seconds']['median']:9.3f}{row['seconds']['median']:9.3f}"
-          f"{row['ratio']:7.2f}", flush=True)
+          f"{row['ratio']:7.2f}{row['processor_ratio']:12.2f}", flush=True)
   if options.out or not (options.only or options.tiny):
     write(options.out or RESULTS, {**head, "rows": rows})
 
