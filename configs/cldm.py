@@ -39,8 +39,8 @@ def get_config(variant: str = ""):
     "cldm", needs=("autoencoder", "latent_moments"), autoencoder="autoencoder",
     moments="latent_moments", balance="category,group", code_dropout=0.1, guidance=1.0,
     network={"name": "diffusion_unet", "base": 128, "multiples": (1, 2, 4), "blocks": 2,
-             "attention": (2, 4), "resampling": "conv", "scale_shift": False,
-             "remat": False},
+             "attention": (2, 4), "heads": 1, "attention_kernel": "xla", "resampling": "conv",
+             "scale_shift": False, "remat": False},
     diffusion={**process.DEFAULTS, "schedule": "scaled_linear"},
     sampler={**samplers.DEFAULTS, "name": "ddim", "steps": 50})
   config.unet = common.stage(

@@ -39,7 +39,8 @@ def get_config(variant: str = ""):
   config.ddpm = common.stage(
     "ddpm", coarse="pix2pix", combine="concat", folds=FOLDS, start_at=0.4,
     network={"name": "diffusion_unet", "base": 64, "multiples": (1, 2, 4, 8), "blocks": 2,
-             "attention": (), "dropout": 0.2, "remat": False},
+             "attention": (), "heads": 1, "attention_kernel": "xla", "dropout": 0.2,
+             "remat": False},
     diffusion={**process.DEFAULTS, "schedule": "palette", "steps": 2000, "continuous": True},
     sampler={**samplers.DEFAULTS, "name": "ddim", "steps": 50})
   config.unet = common.stage(

@@ -201,16 +201,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
   """Fields in which a run's config.json and this config differ, as "field: old -> new".
 
-  Where the data lies, how many devices share the parameters, what is computed again to save memory
-  and how many slices are made at once may change; so may a larger `steps` of the last stage, if its
-  learning rate is constant.
+  Where the data lies, how many devices share the parameters, what is computed again to save memory,
+  by which kernel attention is, and how many slices are made at once may change; so may a larger
+  `steps` of the last stage, if its learning rate is constant.
   """
   a, b = flat(old), flat(new.to_dict())
   last = list(stages(new))[-1]
   prefix = f"{last}." if "stages" in new else ""
   grown = prefix + "steps"
   free = {"data.dir", "mesh.fsdp", "synthesis.batch_size",
-          *(f for f in b if f.endswith(".remat"))}
+          *(f for f in b if f.endswith((".remat", ".attention_kernel")))}
   if b[prefix + "optim.schedule"] == "constant" and b[grown] >= a.get(grown, b[grown]):
     free.add(grown)
   absent = object()

@@ -12,7 +12,7 @@ from medsynth_jax.diffusion import schedules
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import registry
 from medsynth_jax.nets.autoencoder_kl import AutoencoderKL
-from medsynth_jax.nets.blocks import Attention, GroupNorm, ResidualBlock, enlarge, shrink
+from medsynth_jax.nets.blocks import Attention, GroupNorm, ResidualBlock, attend, enlarge, shrink
 from medsynth_jax.nets.diffusion_unet import DiffusionUNet, level_time, sinusoids
 
 UNET = DiffusionUNet(base=4, multiples=(1, 2), blocks=1, attention=(2,), heads=2, groups=2,
@@ -160,6 +160,31 @@ def test_attention_is_softmax_over_all_positions():
     heads.append(weights @ v[..., part])
   out = np.concatenate(heads, -1) @ p["out"]["kernel"] + p["out"]["bias"]
   np.testing.assert_allclose(net.apply(variables, x), x + out.reshape(x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_attention_by_every_kernel(dtype, error):
+  """Values and gradients; cuDNN's is XLA's where there is no GPU."""
+  q, k, v, g = (array(seed, 2, 6, 2, 8).astype(dtype) for seed in range(4))
+  def pulled(kernel):
+    y, pull = jax.vjp(lambda *qkv: attend(*qkv, kernel), q, k, v)
+    return y, *pull(g)
+  wanted = pulled("xla")
+  for kernel in ("plain", *(("cudnn",) if dtype == jnp.bfloat16 else ())):
+    for got, value in zip(pulled(kernel), wanted, strict=True):
+      assert got.dtype == value.dtype == dtype
+      np.testing.assert_allclose(got.astype(jnp.float32), value.astype(jnp.float32), atol=error)
+
+
+@pytest.mark.parametrize("fields, message", [
+  ({"attention_kernel": "flash"}, "choose one of xla, cudnn, plain"),
+  ({"attention_kernel": "cudnn"}, "config.dtype=bfloat16"),
+  ({"attention_kernel": "cudnn", "dtype": jnp.bfloat16}, "not [48]: set the network's heads")])
+@pytest.mark.parametrize("net", [UNET, AUTOENCODER])
+def test_a_kernel_that_cannot_do_it_is_refused(net, fields, message):
+  many = {"base": 4, "heads": 2} if net is UNET else {"channels": (4, 4)}
+  with pytest.raises(UserError, match=message):
+    shapes(net.clone(**many, **fields), 1, 8, 8, 1)
 
 
 @pytest.mark.parametrize("scale_shift", [True, False])

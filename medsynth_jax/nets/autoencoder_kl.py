@@ -26,6 +26,7 @@ class _Side(nn.Module):
   blocks: int
   latent_channels: int
   attention: bool
+  attention_kernel: str
   groups: int
   remat: bool
   dtype: Any
@@ -39,7 +40,8 @@ class _Side(nn.Module):
       return x
     x = self.residual(x, x.shape[-1], "middle_0")
     attend = rematerialised(Attention, self.remat)
-    x = attend(groups=self.groups, dtype=self.dtype, name="middle_attention")(x)
+    x = attend(groups=self.groups, dtype=self.dtype, kernel=self.attention_kernel,
+               name="middle_attention")(x)
     return self.residual(x, x.shape[-1], "middle_1")
 
   def last(self, x, features):
@@ -91,6 +93,7 @@ class AutoencoderKL(nn.Module):
     blocks: residual blocks a level.
     latent_channels: channels of the latents.
     attention: one attention block between two residual ones at the coarsest level.
+    attention_kernel: "xla", "cudnn" or "plain", see `blocks.attend`.
     groups: of the group norms, see `blocks.GroupNorm`.
     remat: computes blocks again for the gradient: less memory, more time, the same result.
     dtype: computing type; parameters, moments and image are float32.
@@ -100,13 +103,14 @@ class AutoencoderKL(nn.Module):
   blocks: int = 2
   latent_channels: int = 3
   attention: bool = False
+  attention_kernel: str = "xla"
   groups: int = 32
   remat: bool = False
   dtype: Any = jnp.float32
 
   def setup(self):
-    fields = (self.channels, self.blocks, self.latent_channels, self.attention, self.groups,
-              self.remat, self.dtype)
+    fields = (self.channels, self.blocks, self.latent_channels, self.attention,
+              self.attention_kernel, self.groups, self.remat, self.dtype)
     self.encoder, self.decoder = Encoder(*fields), Decoder(*fields)
 
   @property

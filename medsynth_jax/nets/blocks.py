@@ -136,18 +136,48 @@ class ResidualBlock(nn.Module):
     return x + y
 
 
+KERNELS = ("xla", "cudnn", "plain")
+
+
+def attend(q, k, v, kernel: str):
+  """Attention of [B, positions, heads, channels]; all kernels agree up to rounding.
+
+  "xla" is `jax.nn.dot_product_attention`, "cudnn" its flash kernel on a GPU (elsewhere "xla"),
+  "plain" the formula written out. All but cuDNN's keep positions^2 weights for the gradient.
+
+  Raises UserError for another kernel, and for float32 or heads that cuDNN does not take: checked on
+  every machine, so that a run made on one opens on all.
+  """
+  if kernel not in KERNELS:
+    raise UserError(f"attention_kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
+  if kernel == "plain":
+    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
+    weights = nn.softmax(logits / math.sqrt(q.shape[-1])).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
+  if kernel == "cudnn":
+    if q.dtype == jnp.float32:
+      raise UserError("attention_kernel='cudnn' computes in bfloat16: set config.dtype=bfloat16")
+    if q.shape[-1] > 128 or q.shape[-1] % 8:
+      raise UserError(f"attention_kernel='cudnn' takes heads of at most 128 channels, a multiple of"
+                      f" 8, not {q.shape[-1]}: set the network's heads higher")
+  use = "cudnn" if kernel == "cudnn" and jax.default_backend() == "gpu" else "xla"
+  return jax.nn.dot_product_attention(q, k, v, implementation=use)
+
+
 class Attention(nn.Module):
   """x + self-attention of all positions, the output projection starting at zero.
 
-  Memory grows with the square of the number of positions. Raises UserError where `heads` does not
-  divide the channels.
+  Raises UserError where `heads` does not divide the channels, or `kernel` cannot do it.
 
-  Attributes: as `ResidualBlock`, but for `heads`, the number of attention heads.
+  Attributes: as `ResidualBlock`, and
+    heads: the number of attention heads.
+    kernel: see `attend`.
   """
 
   heads: int = 1
   groups: int = 32
   dtype: Any = jnp.float32
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(self, x):
@@ -157,7 +187,7 @@ class Attention(nn.Module):
     y = GroupNorm(self.groups, self.dtype, name="norm")(x)
     y = dense(3 * channels, self.dtype, "qkv")(y.reshape(len(x), -1, channels))
     y = y.reshape(*y.shape[:2], 3, self.heads, channels // self.heads)
-    y = jax.nn.dot_product_attention(y[:, :, 0], y[:, :, 1], y[:, :, 2])
+    y = attend(y[:, :, 0], y[:, :, 1], y[:, :, 2], self.kernel)
     y = dense(channels, self.dtype, "out", ZEROS)(y.reshape(*y.shape[:2], channels))
     return x + y.reshape(x.shape)
 

@@ -91,6 +91,7 @@ class DiffusionUNet(nn.Module):
     blocks: residual blocks a level; one more on the way up.
     attention: downsampling factors at which every block is followed by attention.
     heads: attention heads.
+    attention_kernel: "xla", "cudnn" or "plain", see `blocks.attend`.
     groups: of the group norms, see `blocks.GroupNorm`.
     scale_shift: the embedding scales and shifts the norms; otherwise it is added.
     resampling: "residual" (residual blocks that halve and double) or "conv" (convolutions).
@@ -107,6 +108,7 @@ class DiffusionUNet(nn.Module):
   blocks: int = 2
   attention: Sequence[int] = ()
   heads: int = 1
+  attention_kernel: str = "xla"
   groups: int = 32
   scale_shift: bool = True
   resampling: str = "residual"
@@ -140,7 +142,8 @@ class DiffusionUNet(nn.Module):
     residual = partial(
       rematerialised(ResidualBlock, self.remat), groups=self.groups, dropout=self.dropout,
       scale_shift=self.scale_shift, deterministic=deterministic, dtype=self.dtype)
-    attend = partial(rematerialised(Attention, self.remat), self.heads, self.groups, self.dtype)
+    attend = partial(rematerialised(Attention, self.remat), self.heads, self.groups, self.dtype,
+                     self.attention_kernel)
 
     def stage(x, level, index, way):
       name = f"{way}_{level}_{index}"
