@@ -305,7 +305,7 @@ def main(arguments):
   if options.tiny:
     torch.set_num_threads(1)  # several threads wait for each other for long on a busy machine
 
-  head = {"device": device_name(), "cores": os.cpu_count(), "dtype": DTYPE,
+  head = {"device": device_name(), "cores": len(os.sched_getaffinity(0)), "dtype": DTYPE,
           "load": os.getloadavg()[1],  # tasks that want a core, over the last 5 minutes
           "versions": {"python": platform.python_version(),
                        **{name: metadata.version(name) for name in VERSIONS}}}
@@ -319,8 +319,8 @@ def main(arguments):
     print(f"{name:12}{row['parameters']:12,}{'x'.join(map(str, row['size'])):>16}"
           f"{row['torch_seconds']['median']:9.3f}{row['seconds']['median']:9.3f}"
           f"{row['ratio']:7.2f}{row['processor_ratio']:12.2f}", flush=True)
-  if options.out or not (options.only or options.tiny):
-    write(options.out or RESULTS, {**head, "rows": rows})
+    if options.out or not (options.only or options.tiny):
+      write(options.out or RESULTS, {**head, "rows": rows})  # each time: a stopped run leaves these
 
 
 def write(folder, result):
@@ -331,7 +331,6 @@ def write(folder, result):
   part = path.with_suffix(".part")
   part.write_text(json.dumps(result, indent=1) + "\n")
   part.replace(path)
-  print(path)
 
 
 if __name__ == "__main__":
