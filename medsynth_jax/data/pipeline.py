@@ -184,10 +184,10 @@ def training(store: Store, task: Task, augment: Augment, section: ConfigDict, co
              stage: int, process: int = 0, processes: int = 1) -> grain.IterDataset:
   """An endless, checkpointable iterator of this process's share of the training batches.
 
-  Slicing by process comes after shuffling and repeating, so that global batch k is the same set of
-  examples for any number of processes. With `section.balance` every cell (see `draws.cells`) gives
-  one example to each run of as many examples as there are cells, in random order; so does every
-  direction of draw "any".
+  Slicing by process comes after shuffling and repeating, so that global batch k holds the same
+  examples in the same order for any number of processes. With `section.balance` every cell (see
+  `draws.cells`) gives one example to each run of as many examples as there are cells, in random
+  order; so does every direction of draw "any".
 
   Raises:
     UserError: nothing to train on, a bad `draw`, `balance` or fold, a recoloured source below a
@@ -204,12 +204,28 @@ def training(store: Store, task: Task, augment: Augment, section: ConfigDict, co
   balance = section.get("balance", "") or ("category" if section.draw == "any" else "")
   rows = _mixed(draws.cells(store.info, index, balance), seed)
   examples = rows.random_map(Examples(store, task, augment, section.draw, section.exclude_fold))
+  share = section.batch_size // processes
   # without drop_remainder Grain rounds the endless length up, beyond what len() may return at 1
-  batches = examples[process::processes].batch(section.batch_size // processes,
-                                               drop_remainder=True)
+  batches = _Share(examples, section.batch_size, process * share, share).batch(share,
+                                                                               drop_remainder=True)
   options = grain.ReadOptions(num_threads=config.data.threads,
                               prefetch_buffer_size=max(1, 2 * config.data.threads))
   return batches.to_iter_dataset(options)
+
+
+class _Share(grain.MapDataset):
+  """Examples first .. first + count of each batch: what lies together in the global batch."""
+
+  def __init__(self, examples: grain.MapDataset, batch_size: int, first: int, count: int):
+    super().__init__(examples)
+    self._batch_size, self._first, self._count = batch_size, first, count
+
+  def __len__(self) -> int:
+    return len(self.parents[0]) // self._batch_size * self._count
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    batch, place = divmod(index, self._count)
+    return self.parents[0][batch * self._batch_size + self._first + place]
 
 
 def _mixed(cells: list[np.ndarray], seed: int) -> grain.MapDataset:
