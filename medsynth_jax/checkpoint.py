@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from medsynth_jax import processes
 from medsynth_jax.contract import State
 from medsynth_jax.errors import UserError
 
@@ -39,8 +40,9 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
-    self._manager.close()
+  def __exit__(self, kind, error, trace):
+    if not processes.lost(error):  # a save that waits for a process that is gone would wait long
+      self._manager.close()
 
   def latest(self) -> int | None:
     """The last saved step, or None."""
@@ -76,11 +78,13 @@ class Checkpoints:
 
   def restore(self, step: int, shape: State, batches: Any = None) -> State:
     """The state of a step, in the shapes and shardings of `shape`; sets the iterator, if given."""
-    items = {"state": ocp.args.StandardRestore(shape.replace(frozen={}))}
-    if batches is not None:
-      items["data"] = grain.checkpoint.CheckpointRestore(batches)
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return restored.state.replace(frozen=shape.frozen)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(shape.replace(frozen={})))
+    state = self._manager.restore(step, args=args).state
+    if batches is not None:  # the place in the order of batches, the same on every process:
+      # Grain would ask for as many files as there are processes now
+      (place, *_) = (self.folder / str(step) / "data").glob("process_0-of-*.json")
+      batches.set_state(json.loads(place.read_text()))
+    return state.replace(frozen=shape.frozen)
 
   def wait(self) -> None:
     """Returns when the last save is on disk."""

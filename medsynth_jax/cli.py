@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from medsynth_jax import processes
 from medsynth_jax.errors import UserError
 
 
@@ -29,22 +31,30 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def guard(work: Callable[[], None]) -> None:
   """Runs `work`.
 
-  A UserError, a bad flag or a full disk is one line and exit status 2; Ctrl-C exits with 130.
+  A UserError, a bad flag or a full disk is one line and exit status 2; Ctrl-C exits with 130; the
+  end of another process of the run is one line and 1.
   """
   try:
     work()
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _fail(f"error: {error}", 2)
   except KeyboardInterrupt:
-    print("interrupted; the same command continues", file=sys.stderr)
-    sys.exit(130)
+    _fail("interrupted; the same command continues", 130)
   except Exception as error:
-    line = _disk_trouble(error)
-    if not line:
-      raise
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    if line := _disk_trouble(error):
+      _fail(f"error: {line}", 2)
+    if line := processes.lost(error):
+      _fail(f"error: {line}", 1)
+    if jax.distributed.is_initialized():
+      traceback.print_exc()
+      processes.leave(1)
+    raise
+
+
+def _fail(line: str, status: int) -> None:
+  print(line, file=sys.stderr)
+  processes.leave(status)
+  sys.exit(status)
 
 
 def _disk_trouble(error: Exception) -> str:
@@ -58,9 +68,12 @@ def _disk_trouble(error: Exception) -> str:
   return ""
 
 
-def quiet() -> None:
-  """Keeps the libraries' informational log lines away from the progress bar."""
-  absl_logging.set_verbosity(absl_logging.WARNING)
+def quiet(first: bool = True) -> None:
+  """Keeps the libraries' informational log lines away from the progress bar.
+
+  Of several processes only the first passes their warnings on.
+  """
+  absl_logging.set_verbosity(absl_logging.WARNING if first else absl_logging.ERROR)
   logging.getLogger("orbax").setLevel(logging.WARNING)
   logging.getLogger("jax").setLevel(logging.WARNING)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from medsynth_jax import builtin, cli, evaluate, run, sharding, train
+from medsynth_jax import builtin, cli, evaluate, processes, run, sharding, train
 from medsynth_jax.data import pipeline
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.errors import UserError
@@ -24,15 +24,16 @@ COORDINATOR = flags.DEFINE_string(
   " manager (on SLURM and TPU pods: 'auto').")
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
 PROCESS = flags.DEFINE_integer("process", None, "This process's number, with --coordinator.")
+LOST_AFTER = flags.DEFINE_integer(
+  "lost_after", 100, "Seconds without a sign of life after which a process of several counts as"
+  " dead and the others end.", lower_bound=1)
 EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate on the test subjects after training.")
 
 
 def join_processes() -> None:
   """Joins the other processes of the run, if there are any; before any use of a device."""
-  if COORDINATOR.value == "auto":
-    jax.distributed.initialize()
-  elif COORDINATOR.value:
-    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  if COORDINATOR.value:
+    processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, LOST_AFTER.value)
 
 
 def main(argv: list[str]) -> int | None:
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int | None:
   if CONFIG.value is None or WORKDIR.value is None:
     raise UserError("give --config=configs/NAME.py and --workdir=RUN")
   join_processes()
+  cli.quiet(sharding.is_first())
   workdir, config = Path(WORKDIR.value), CONFIG.value
   run.check(config, workdir)
   first = sharding.first_process_first
@@ -48,20 +50,19 @@ def main(argv: list[str]) -> int | None:
   here = first(lambda: run.start(config, store.info, workdir))
   if EVALUATE.value:
     evaluate.scored_cases(here, "test")  # told now, not after the training
-  print(f"{here.task.direction} -> {', '.join(here.task.targets)} on {data}: "
-        + ", ".join(f"{len(store.info.split(s))} {s}" for s in ("train", "validation", "test"))
-        + f" cases; {jax.device_count()} {jax.default_backend()} device(s)", flush=True)
+  tell = print if sharding.is_first() else lambda *_, **__: None
+  tell(f"{here.task.direction} -> {', '.join(here.task.targets)} on {data}: "
+       + ", ".join(f"{len(store.info.split(s))} {s}" for s in ("train", "validation", "test"))
+       + f" cases; {jax.device_count()} {jax.default_backend()} device(s)", flush=True)
   for line in pipeline.told(store.info, here.task, [s.draw for s in here.sections.values()]):
-    print(line)
+    tell(line)
   try:
     train.train(here, store)
   except train.Interrupted as message:
-    print(message, file=sys.stderr)
+    tell(message, file=sys.stderr)
     return 130
   if EVALUATE.value:
-    table = evaluate.evaluate(here, store)
-    if sharding.is_first():
-      print(table)
+    tell(evaluate.evaluate(here, store))
   return None
 
 
