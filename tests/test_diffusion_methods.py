@@ -98,15 +98,15 @@ def test_autoencoder_trains_both_nets(three):
 
 def test_adversarial_term_waits_for_its_step(three):
   """Before `adversarial_from` the autoencoder's step is that of a weight of 0, after it is not."""
-  def weights(*changes):
+  def stepped(*changes):
     here, states = built("cldm", three, *changes)
-    state = states["autoencoder"].replace(step=jnp.int32(5))
-    after, _ = jax.jit(here.methods["autoencoder"].step)(state, batch_of(here), jax.random.key(1))
-    return jax.tree.leaves(after.nets["autoencoder"])
-  strong = ("autoencoder.adversarial", 10.0)
-  none, waits, acts = (weights(("autoencoder.adversarial", 1e-9)),
-                       weights(strong, ("autoencoder.adversarial_from", 6)),
-                       weights(strong, ("autoencoder.adversarial_from", 5)))
+    step = jax.jit(here.methods["autoencoder"].step)
+    def weights(number):
+      state = states["autoencoder"].replace(step=jnp.int32(number))
+      return jax.tree.leaves(step(state, batch_of(here), jax.random.key(1))[0].nets["autoencoder"])
+    return weights
+  strong = stepped(("autoencoder.adversarial", 10.0), ("autoencoder.adversarial_from", 6))
+  none, waits, acts = stepped(("autoencoder.adversarial", 1e-9))(5), strong(5), strong(6)
   assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(none, waits, strict=True))
   assert not all(np.allclose(a, b, atol=1e-6) for a, b in zip(none, acts, strict=True))
 
