@@ -10,7 +10,7 @@ same data, generator and steps for all three, checkpoints chosen on aligned vali
 python -m launch.sweep
     --config=configs/reg_gan.py:pix2pix,configs/reg_gan.py,configs/cyclegan.py
     --grid config.misalign=0,1,2,3,4,5 --config.displace=0 --config.redraw=True
-  --config.steps=2000 --out=SWEEP
+    --config.steps=2000 --out=SWEEP
 
 Each trial is one `python -m medsynth_jax.main` with a run folder of its own, SWEEP/<trial>; its
 output lies in SWEEP/logs/<trial>.txt. Trials without `data.dir` share one built-in data set,
