@@ -95,13 +95,15 @@ def ibsi_reg(images: Path, out: Path) -> list[Fold]:
   """CT -> MR of the same folds by pix2pix and by RegGAN, of the same generator, scored twice.
 
   The residual offset of each MR from its CT is measured first, and written to a table. The second
-  score takes references that were moved rigidly onto the CT; the networks are the same.
+  score takes references that were moved rigidly onto the CT; the networks are the same. Voxels of
+  2.25 mm, for the time it takes.
   """
   moved = _aligned(images, out)
   folds = []
   for fold in _leave_two_out(images, "ct", ["mr_t1"]):
     for name, config in (("pix2pix", "reg_gan:pix2pix"), ("reg_gan", "reg_gan")):
-      first = dataclasses.replace(fold, config=config, kind=name, row=name, group="as they are")
+      first = dataclasses.replace(fold, config=config, kind=name, row=name, group="as they are",
+                                  prepare={**fold.prepare, "spacing": "2.25,2.25,0"})
       rows = [row if row["split"] == "train" else {**row, **moved[row["subject"]]}
               for row in fold.rows]
       folds += [first, dataclasses.replace(
