@@ -22,7 +22,8 @@ Mean 17.35 / 0.564; `constant` 14.01 / 0.191, `lut2` 18.15 / 0.651. All directio
   FLAIR   19.61  19.68  18.54                 19.38  19.44  17.18
 
 Mean 19.23 / 0.738, above `lut2` in PSNR in all directions but T1 -> T1c and back, which differ in
-vessels and lesions alone, and in SSIM too in seven. `:paper` has StarGAN's recipe and has not been run.
+vessels and lesions alone, and in SSIM too in seven. `:paper` has StarGAN's recipe and has not been
+run.
 """
 
 from medsynth_jax import config as common
