@@ -8,6 +8,11 @@ those of earlier stages too: only speed is measured. The persistent compile cach
 compile times are whole. --trace writes a profiler trace of some steps of each stage, to be opened
 with TensorBoard or Perfetto.
 
+python -m medsynth_jax.bench --config=configs/cldm.py --change=config.dtype=bfloat16
+
+also tells what a change of fields (--change again for more) makes of the training steps' time and
+memory; the two take turns, since other work on the machine then disturbs them alike.
+
 python -m medsynth_jax.bench --config=configs/unet.py --topology=v5e:4x4 --config.batch_size=16
 
 runs nothing, but compiles all of it for a TPU pod and tells what `pods` says; `batch_size` is that
@@ -17,6 +22,7 @@ of all devices together.
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from medsynth_jax import builtin, checkpoint, cli, measuring, pods
+from medsynth_jax import builtin, checkpoint, cli, measuring, pods, train
 from medsynth_jax import config as configs
 from medsynth_jax import run as runs
-from medsynth_jax.contract import State
+from medsynth_jax.contract import State, served
 from medsynth_jax.data.dataset import Store
 from medsynth_jax.errors import UserError
 from medsynth_jax.memory import size
@@ -51,14 +57,16 @@ ROWS = (
 )
 
 
-def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = None
-            ) -> dict[str, Any]:
+def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = None,
+            changes: Sequence[str] = ()) -> dict[str, Any]:
   """{machine, stages: {name: what `measuring.stage` tells}, notes} of a config on a data set.
 
-  A stage without one fold is a copy of its coarse stage and is not measured again.
+  A stage without one fold is a copy of its coarse stage and is not measured again. With `changes`
+  ("config.field=value") a stage also has "change": what `measuring.alternated` tells.
   """
   store = Store(data)
   run = runs.build(config, store.info, data / "no run")
+  other = _other(run, changes) if changes else None
   made: dict[str, State] = {}
   found = {"machine": measuring.machine(), "stages": {}}
   for name, section in run.sections.items():
@@ -67,7 +75,32 @@ def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = Non
       continue
     told, made[name] = measuring.stage(run, store, name, made, steps, trace and trace / name)
     found["stages"][name] = {"needs": list(run.needs(name)), "method": section.method, **told}
-  return found | {"notes": notes(found)}
+    if other:
+      both = [(run, made), (other, _untrained(other, name))]
+      found["stages"][name]["change"] = measuring.alternated(both, store, name, steps)
+  return found | {"changes": list(changes), "notes": notes(found)}
+
+
+def _other(run: runs.Run, changes: Sequence[str]) -> runs.Run:
+  """The run of the changed config; a UserError where its stages are others."""
+  config = cli.changed(run.config, changes)
+  runs.check_fields(config, run.mesh)
+  other = runs.build(config, run.info, run.folder)
+  if list(other.methods) != list(run.methods):
+    raise UserError(f"--change: the stages {', '.join(run.methods)} would become"
+                    f" {', '.join(other.methods)}; compare configs of the same stages")
+  return other
+
+
+def _untrained(run: runs.Run, name: str) -> dict[str, State]:
+  """Served states of random weights of the stages that one needs."""
+  made: dict[str, State] = {}
+  for need in run.needs(name):
+    frozen = {earlier: made[earlier] for earlier in run.needs(need)}
+    with run.tracing():
+      state = train.new_state(run, need, frozen, {})
+    made[need] = served(state, run.methods[need].keeps).replace(frozen={})
+  return made
 
 
 def _coarse(run: runs.Run, fold: str) -> str:
@@ -106,11 +139,25 @@ def table(found: dict[str, Any]) -> str:
   for field, title, say in ROWS:
     cells = ["-" if told.get(field) is None else say(told[field]) for told in stages.values()]
     lines.append(f"{title.replace('ms a slice', unit):30}" + "".join(f"{c:>16}" for c in cells))
-  return "\n".join([*lines, *(f"note: {line}" for line in found["notes"])])
+  return "\n".join([*lines, *_change_table(found), *(f"note: {line}" for line in found["notes"])])
+
+
+def _change_table(found: dict[str, Any]) -> list[str]:
+  """What the changes make of time and memory, as ratios."""
+  if not found["changes"]:
+    return []
+  lines = [f"with {', '.join(found['changes'])}, beside the config as it is:"]
+  for title, field in (("time an image", "image_seconds"), ("working memory", "working_bytes")):
+    cells = []
+    for told in found["stages"].values():
+      before, after = (each[field] for each in told["change"])
+      cells.append(f"{after / before:.2f}" if before and after is not None else "-")
+    lines.append(f"{title:30}" + "".join(f"{c:>16}" for c in cells))
+  return lines
 
 
 def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Path | None = None,
-           trace: Path | None = None) -> str:
+           trace: Path | None = None, changes: Sequence[str] = ()) -> str:
   """Measures a config, writes `out` (JSON), and returns the table.
 
   Args:
@@ -125,7 +172,7 @@ def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Pat
   with tempfile.TemporaryDirectory(prefix="medsynth_bench_") as folder:
     runs.check(config, Path(folder) / "run")
     data = Path(config.data.dir or builtin.make(config, workdir or Path(folder)))
-    found = measure(config, data, steps, trace)
+    found = measure(config, data, steps, trace, changes)
   if out:
     checkpoint.write_text(out, json.dumps({"command": sys.argv[1:], **found}, indent=1) + "\n")
   return table(found)
@@ -152,12 +199,13 @@ def main(argv: list[str]) -> None:
     raise UserError("give --config=configs/NAME.py, a config that trains")
   jax.config.update("jax_enable_compilation_cache", False)
   if TOPOLOGY.value:
-    if TRACE.value or WORKDIR.value:
-      raise UserError("--topology runs nothing and needs no data: leave --trace and --workdir out")
+    if TRACE.value or WORKDIR.value or CHANGE.value:
+      raise UserError("--topology runs nothing and needs no data: leave --trace, --change and"
+                      " --workdir out")
     report_pod(config, TOPOLOGY.value, OUT.value and Path(OUT.value))
     return
   paths = (flag.value and Path(flag.value) for flag in (WORKDIR, OUT, TRACE))
-  print(report(config, STEPS.value, *paths))
+  print(report(config, STEPS.value, *paths, CHANGE.value))
 
 
 if __name__ == "__main__":
@@ -167,6 +215,8 @@ if __name__ == "__main__":
   STEPS = flags.DEFINE_integer("steps", 20, "Training steps that are timed, of each stage.")
   OUT = flags.DEFINE_string("out", None, "JSON file to write.")
   TRACE = flags.DEFINE_string("trace", None, "Folder for a profiler trace of each stage.")
+  CHANGE = flags.DEFINE_multi_string(
+    "change", [], "A field to change, as config.dtype=bfloat16, and to compare with.")
   TOPOLOGY = flags.DEFINE_string(
     "topology", None, "A TPU pod to compile for instead, as v5e:16x16.")
   cli.run(main)

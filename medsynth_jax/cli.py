@@ -105,6 +105,19 @@ def read_config(name: str, fields: Sequence[str] = ()) -> ConfigDict:
   return config.value
 
 
+def changed(config: ConfigDict, fields: Sequence[str]) -> ConfigDict:
+  """A copy of a config with fields ("config.field=value") set as on a command line.
+
+  Raises:
+    UserError: as `read_config`.
+  """
+  values = flags.FlagValues()
+  held = config_flags.DEFINE_config_dict("config", config.copy_and_resolve_references(), "",
+                                         flag_values=values, lock_config=True)
+  _parse(["", *(f"--{field}" for field in fields)], values)
+  return held.value
+
+
 def _parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   try:
     rest = values(argv)

@@ -46,6 +46,7 @@ def base(**fields) -> ConfigDict:
   return ConfigDict({
     "seed": 0,
     "dtype": "float32",        # compute type of the networks; parameters and losses stay float32
+    "conv_cure": "auto",       # convolutions rewritten for a CPU: "auto" (on a CPU), "on", "off"
     "data": {
       "dir": "",               # a prepared data set; empty: the built-in simulated one
       "source": "t1",          # "[a,b]" stacks several; "any": each of the targets, one at a time
@@ -202,14 +203,14 @@ def differences(old: Mapping[str, Any], new: ConfigDict) -> list[str]:
   """Fields in which a run's config.json and this config differ, as "field: old -> new".
 
   Where the data lies, how many devices share the parameters, what is computed again to save memory,
-  by which kernel attention is, and how many slices are made at once may change; so may a larger
-  `steps` of the last stage, if its learning rate is constant.
+  in which way convolutions and attention are, and how many slices are made at once may change; so
+  may a larger `steps` of the last stage, if its learning rate is constant.
   """
   a, b = flat(old), flat(new.to_dict())
   last = list(stages(new))[-1]
   prefix = f"{last}." if "stages" in new else ""
   grown = prefix + "steps"
-  free = {"data.dir", "mesh.fsdp", "synthesis.batch_size",
+  free = {"conv_cure", "data.dir", "mesh.fsdp", "synthesis.batch_size",
           *(f for f in b if f.endswith((".remat", ".attention_kernel")))}
   if b[prefix + "optim.schedule"] == "constant" and b[grown] >= a.get(grown, b[grown]):
     free.add(grown)

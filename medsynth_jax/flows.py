@@ -86,7 +86,7 @@ def flow(synthesizer, source: case.Source, target: str, scan: volumes.Volume
                     " of the same patient in the same position")
   truth = np.moveaxis(to_model(shown.target, placed.image), info.plane, 0)[..., None]
   register, synthesis = run.methods[synthesizer.stage].flow, run.config.synthesis
-  with jax.set_mesh(run.mesh):
+  with run.tracing():
     predict = jax.jit(lambda state, batch, key: register(state, batch))
     pixels = windows.synthesise(
       predict, synthesizer.state, synthesizer.channels(source, task), task,

@@ -34,7 +34,7 @@ class Maker:
   def __init__(self, here: Run, stage: str, which: str, progress: Callable[[int], Any]):
     self.run, self.stage, self.progress = here, stage, progress
     self.method, self.samples, self.times = here.methods[stage], samples(here, stage), []
-    with jax.set_mesh(here.mesh):
+    with here.tracing():
       self.predict = here.predictor(stage)
       self.state, self.step = here.restore(stage, which)
 
@@ -74,7 +74,7 @@ class Maker:
             **how: Any) -> np.ndarray:
     """What a compiled function gives for all windows of a volume, [n, H, W, C]."""
     here, settings = self.run, self.run.config.synthesis
-    with jax.set_mesh(here.mesh):
+    with here.tracing():
       return windows.synthesise(
         predict, self.state, volume.source, here.task,
         source_modality=here.info.index(here.task.sources[0]),

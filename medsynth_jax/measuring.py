@@ -40,6 +40,7 @@ PEAKS = (
 )
 APPETITE = 5       # the data pipeline alone has to be so many times as fast as the training step
 DATA_SECONDS = 2.0  # for which the data pipeline is measured, once a batch is there
+WINDOWS = 5        # in which the timed steps are taken, of which the median counts
 VOLUME_SECONDS = 60.0  # a volume that takes longer is worked out from one batch of its slices
 
 
@@ -82,7 +83,7 @@ def stage(run: Run, store: Store, name: str, frozen: dict[str, State], steps: in
   section, method = run.sections[name], run.methods[name]
   compiled, compiling = train.compile_step(run, name)
   shape, batch_shape = run.shape(name), train.batch_shapes(run, name)
-  with jax.set_mesh(run.mesh):
+  with run.tracing():
     batches = train.training_batches(run, store, name, list(run.methods).index(name))
     some = [next(batches) for _ in range(2)]
     fed = _pipeline_rate(batches, section.batch_size)
@@ -120,22 +121,56 @@ def _pipeline_rate(batches, size: int) -> float:
 def _steps(compiled, state: State, batches: Sequence[Any], steps: int, trace: Path | None
            ) -> tuple[State, float]:
   """(the state after the steps, median seconds of one over windows that are waited for whole)."""
-  def window(state, count):
-    then = time.perf_counter()
-    for i in range(count):
-      state, metrics = compiled(state, batches[i % len(batches)])
-    jax.block_until_ready((state, metrics))
-    return state, (time.perf_counter() - then) / count
-  state, _ = window(state, 2)
-  each = max(1, steps // 5)
+  state, _ = _window(compiled, state, batches, 2)
+  each = max(1, steps // WINDOWS)
   times = []
   for _ in range(-(-steps // each)):
-    state, seconds = window(state, each)
+    state, seconds = _window(compiled, state, batches, each)
     times.append(seconds)
   if trace:
     with jax.profiler.trace(str(trace)):
-      state, _ = window(state, each)
+      state, _ = _window(compiled, state, batches, each)
   return state, statistics.median(times)
+
+
+def _window(compiled, state: State, batches: Sequence[Any], count: int) -> tuple[State, float]:
+  """(the state after so many steps, seconds of one)."""
+  then = time.perf_counter()
+  for i in range(count):
+    state, metrics = compiled(state, batches[i % len(batches)])
+  jax.block_until_ready((state, metrics))
+  return state, (time.perf_counter() - then) / count
+
+
+def alternated(both: Sequence[tuple[Run, dict[str, State]]], store: Store, name: str, steps: int
+               ) -> list[dict[str, float]]:
+  """{seconds an image, working bytes} of a stage's step of two runs, which take turns.
+
+  Args:
+    both: each run with the served states of the stages that it needs, among others.
+    steps: training steps that are timed, of each.
+
+  Raises:
+    UserError: more memory than is free.
+  """
+  found, ready = [], []
+  for run, frozen in both:
+    compiled, _ = train.compile_step(run, name)
+    with run.tracing():
+      batches = train.training_batches(run, store, name, list(run.methods).index(name))
+      some = [next(batches) for _ in range(2)]
+      batches.close()
+      state = train.new_state(run, name, {need: frozen[need] for need in run.needs(name)}, {})
+    ready.append([compiled, _window(compiled, state, some, 2)[0], some, []])
+    found.append({"working_bytes": sharding.working_memory(compiled)})
+  for _ in range(WINDOWS):
+    for each in ready:
+      compiled, state, some, times = each
+      each[1], seconds = _window(compiled, state, some, max(1, steps // WINDOWS))
+      times.append(seconds)
+  for told, (run, _), (*_, times) in zip(found, both, ready, strict=True):
+    told["image_seconds"] = statistics.median(times) / run.sections[name].batch_size
+  return found
 
 
 def _synthesis(run: Run, store: Store, name: str, state: State) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run folder opened: its config, data description, methods, and the states it has stored."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,6 +22,7 @@ from medsynth_jax.data.examples import Task, make_task
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.errors import UserError
 from medsynth_jax.methods import METHODS
+from medsynth_jax.nets.conv import cure_setting
 
 # what may lie in a run folder before its config.json
 BESIDE = ("data", "data.partial", "scans", "dataset.json", "dataset.json.partial",
@@ -50,6 +52,12 @@ class Run:
     for view in found:
       vars(view).update(shared)
     return found
+
+  @contextlib.contextmanager
+  def tracing(self):
+    """Functions traced inside are compiled for the run's mesh, with its kind of convolutions."""
+    with jax.set_mesh(self.mesh), cure_setting(self.config.get("conv_cure", "auto")):
+      yield
 
   def key(self, stage: str) -> jax.Array:
     """The stage's root key."""
@@ -151,7 +159,8 @@ class Run:
     synthesize = self.methods[stage].synthesize
     if self.config.synthesis.mirror:
       synthesize = serving.mirrored(synthesize, self._left_right())
-    return serving.lower(synthesize, self.mesh, *self.served_shapes(stage))
+    with self.tracing():
+      return serving.lower(synthesize, self.mesh, *self.served_shapes(stage))
 
   @functools.cached_property
   def compile_seconds(self) -> dict[str, float]:
@@ -220,6 +229,8 @@ def check_fields(config: ConfigDict, mesh: Mesh) -> None:
       over the devices.
   """
   configs.check_ranges(config)
+  with cure_setting(config.get("conv_cure", "auto")):
+    pass  # a UserError for any other
   known: list[str] = []
   for stage, section in configs.stages(config).items():
     if section.method not in METHODS:

@@ -15,11 +15,11 @@ def lower(synthesize: Callable, mesh: Mesh, state: Any, batch: Any) -> jax.stage
   """`synthesize(state, batch, key)` lowered from shapes alone; its images lie on every device.
 
   Args:
+    mesh: the devices, which the caller has set.
     state, batch: shapes with shardings; the key is `state.key`.
   """
-  with jax.set_mesh(mesh):
-    return jax.jit(synthesize, out_shardings=sharding.replicated(mesh)).lower(
-      state, batch, state.key)
+  return jax.jit(synthesize, out_shardings=sharding.replicated(mesh)).lower(
+    state, batch, state.key)
 
 
 def compile_ahead(what: str, lowered: Callable[[], jax.stages.Lowered]):

@@ -50,7 +50,7 @@ def train_stage(run: Run, store: Store, stage: str, number: int, take: Callable 
   """
   section, folder = run.sections[stage], run.folder / stage
   batches = training_batches(run, store, stage, number)
-  with jax.set_mesh(run.mesh), Checkpoints(folder) as saved, _stop_signals() as stop:
+  with run.tracing(), Checkpoints(folder) as saved, _stop_signals() as stop:
     state = _start(run, stage, saved, batches)
     step = int(state.step)
     if step >= section.steps:
@@ -169,7 +169,7 @@ def lower_step(run: Run, stage: str) -> jax.stages.Lowered:
     new, metrics = method.step(state, batch, jax.random.fold_in(state.key, state.step))
     return new.replace(step=state.step + 1), metrics
   places = jax.tree.map(lambda x: x.sharding, shape)
-  with jax.set_mesh(run.mesh):
+  with run.tracing():
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(
       shape, batch_shapes(run, stage))
 

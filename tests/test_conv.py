@@ -8,7 +8,14 @@ import pytest
 
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import conv_ops
-from medsynth_jax.nets.conv import Conv, ConvTranspose, cure_setting, cured, kernel_init
+from medsynth_jax.nets.conv import (
+  Conv,
+  ConvTranspose,
+  cure_setting,
+  cured,
+  enlarge,
+  kernel_init,
+)
 
 # kernel, stride, (low, high) padding, input and output channels; 24 -> 3 takes the few-channel path
 CONVS = (
@@ -71,6 +78,61 @@ def test_small_maps_equal_plain(rank, k, stride, pad):
   kernel = kernel.swapaxes(-1, -2)
   assert_same(conv_ops.cured_conv_transpose, conv_ops.plain_conv_transpose, x, kernel,
               (stride,) * rank, tuple((k - 1 - low, k - high) for low, high in settings[1]))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("size, pad", [
+  ((12, 10), (1, 1)), ((9, 11), (1, 1)), ((12, 9), (0, 0)), ((8, 7), (2, 1)), ((8, 7), (0, 2))])
+def test_winograds_rule_equals_plain(rank, size, pad, monkeypatch):
+  monkeypatch.setattr(conv_ops, "WINOGRAD_CHANNELS", 4)
+  x, kernel = array(0, 2, *(*size, 5)[:rank], 4), array(1, *(3,) * rank, 4, 5)
+  settings = (1,) * rank, (pad,) * rank
+  assert_same(conv_ops.cured_conv, conv_ops.plain_conv, x, kernel, *settings)
+  assert_same(conv_ops.cured_conv_transpose, conv_ops.plain_conv_transpose, x,
+              kernel.swapaxes(-1, -2), *settings)
+
+
+def test_winograds_rounding_is_that_of_the_plain_convolution():
+  """Against float64, at the width where it is used."""
+  x, kernel = array(0, 1, 16, 16, 128), array(1, 3, 3, 128, 128)
+  padded = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  exact = sum(padded[:, i:i + 16, j:j + 16] @ np.asarray(kernel[i, j], np.float64)
+              for i in range(3) for j in range(3))
+  errors = [np.abs(conv(x, kernel, (1, 1), ((1, 1),) * 2) - exact).max() / np.abs(exact).max()
+            for conv in (conv_ops.cured_conv, conv_ops.plain_conv)]
+  assert 0 < errors[0] < 3 * errors[1] < 1e-5
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("k, stride, low, high", [
+  (4, 2, 2, 2), (3, 2, 1, 2), (3, 2, 1, 1), (3, 2, 2, 0), (5, 3, 2, 3), (5, 2, 0, 1)])
+def test_transposed_convolution_by_phases_equals_plain(rank, k, stride, low, high, monkeypatch):
+  monkeypatch.setattr(conv_ops, "SPLIT_CHANNELS", 3)
+  monkeypatch.setattr(conv_ops, "_is_small", lambda *_: False)
+  x, kernel = array(0, 2, *(5, 6, 4)[:rank], 5), array(1, *(k,) * rank, 3, 5)
+  assert_same(conv_ops.cured_conv_transpose, conv_ops.plain_conv_transpose, x, kernel,
+              (stride,) * rank, ((low, high),) * rank)
+
+
+@pytest.mark.parametrize("space", [(5, 6), (3, 4, 5)])
+def test_enlarged_convolution_equals_that_of_the_repeated_input(space):
+  x, width = array(0, 2, *space, 6), conv_ops.SPLIT_CHANNELS
+  params = Conv(width).init(jax.random.key(0), x)
+
+  @jax.jit
+  def gradients(params, x):
+    results = []
+    for layer, change in ((Conv(width, enlarged=True, cure="on"), lambda x: x),
+                          (Conv(width, enlarged=True, cure="off"), lambda x: x),
+                          (Conv(width, cure="off"), enlarge)):
+      y, pull = jax.vjp(lambda p, x, f=layer, g=change: f.apply(p, g(x)), params, x)
+      results.append(jax.tree.leaves((y, pull(jnp.sin(y)))))
+    return results
+
+  cured, plain, repeated = gradients(params, x)
+  for got, same, wanted in zip(cured, plain, repeated, strict=True):
+    np.testing.assert_array_equal(same, wanted)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_gradient_of_a_gradient_is_the_plain_one():

@@ -12,7 +12,8 @@ from medsynth_jax.diffusion import schedules
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import registry
 from medsynth_jax.nets.autoencoder_kl import AutoencoderKL
-from medsynth_jax.nets.blocks import Attention, GroupNorm, ResidualBlock, attend, enlarge, shrink
+from medsynth_jax.nets.blocks import Attention, GroupNorm, ResidualBlock, attend, shrink
+from medsynth_jax.nets.conv import enlarge
 from medsynth_jax.nets.diffusion_unet import DiffusionUNet, level_time, sinusoids
 
 UNET = DiffusionUNet(base=4, multiples=(1, 2), blocks=1, attention=(2,), heads=2, groups=2,

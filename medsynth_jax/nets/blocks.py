@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from medsynth_jax.errors import UserError
-from medsynth_jax.nets.conv import Conv, kernel_init
+from medsynth_jax.nets.conv import Conv, enlarge, kernel_init
 
 ZEROS = "normal_0"  # the initialiser of layers that start without effect
 
@@ -22,17 +22,6 @@ def shrink(x):
   for size in x.shape[1:-1]:
     shape += [size // 2, 2]
   return x.reshape(*shape, x.shape[-1]).mean(tuple(range(2, 2 * x.ndim - 3, 2)))
-
-
-def enlarge(x):
-  """Doubles every spatial axis of [B, *space, C] by repetition."""
-  # A broadcast: faster on the CPU than `jax.image.resize`, whose gradient scatters.
-  shape, out = [x.shape[0]], [x.shape[0]]
-  for size in x.shape[1:-1]:
-    shape += [size, 2]
-    out.append(2 * size)
-  x = jnp.expand_dims(x, tuple(range(2, 2 * x.ndim - 3, 2)))
-  return jnp.broadcast_to(x, (*shape, x.shape[-1])).reshape(*out, x.shape[-1])
 
 
 def groups_for(channels: int, groups: int) -> int:
@@ -64,24 +53,29 @@ class GroupNorm(nn.Module):
     groups = groups_for(channels, self.groups)
     weight = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-    y = x.astype(jnp.float32).reshape(len(x), -1, channels)
-    if y.shape[1] * channels == groups:
+    y, space = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+    if math.prod(x.shape[1:]) == groups:
       raise UserError(
         f"image size: the network shrinks it to one position, where group norm of {channels} "
         f"channels in {groups} groups gives zeros; use a larger size or fewer groups"
       )
 
+    def per_channel(values):
+      """[B, C], or [C] for all, beside [B, *space, C]."""
+      return values.reshape(-1, *(1 for _ in space), channels)
+
+    # Space is not flattened: on the CPU XLA sums products of a [1, positions, C] ten times slower.
     def average(z):
-      """Over space, then over each group; [B, 1, C]. A quarter faster than both at once."""
-      z = z.mean(1).reshape(len(z), groups, -1).mean(-1)
-      return jnp.repeat(z, channels // groups, axis=-1)[:, None]
+      """Over space, then over each group. A quarter faster than both at once."""
+      z = z.mean(space).reshape(len(z), groups, -1).mean(-1)
+      return per_channel(jnp.repeat(z, channels // groups, axis=-1))
 
     y = y - average(y)
     weight = weight * jax.lax.rsqrt(average(jnp.square(y)) + 1e-5)
     if scale is not None:
-      weight = weight * (1 + scale[:, None])
-      bias = bias * (1 + scale[:, None]) + shift[:, None]
-    return (y * weight + bias).reshape(x.shape).astype(self.dtype)
+      weight = weight * (1 + per_channel(scale))
+      bias = bias * (1 + per_channel(scale)) + per_channel(shift)
+    return (y * weight + bias).astype(self.dtype)
 
 
 def dense(features: int, dtype, name: str, initializer: str = "torch") -> nn.Dense:
@@ -116,9 +110,9 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, embedding=None):
-    change = {"none": lambda y: y, "up": enlarge, "down": shrink}[self.resample]
     y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_0")(x))
-    y = Conv(self.features, dtype=self.dtype, name="conv_0")(change(y))
+    y = shrink(y) if self.resample == "down" else y
+    y = Conv(self.features, enlarged=self.resample == "up", dtype=self.dtype, name="conv_0")(y)
     modulation = ()
     if embedding is not None:
       width = self.features * (2 if self.scale_shift else 1)
@@ -130,7 +124,7 @@ class ResidualBlock(nn.Module):
     y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_1")(y, *modulation))
     y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
     y = Conv(self.features, initializer=ZEROS, dtype=self.dtype, name="conv_1")(y)
-    x = change(x).astype(self.dtype)
+    x = {"none": lambda x: x, "up": enlarge, "down": shrink}[self.resample](x).astype(self.dtype)
     if x.shape[-1] != self.features:
       x = dense(self.features, self.dtype, "shortcut")(x)
     return x + y
@@ -210,7 +204,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return Conv(x.shape[-1], dtype=self.dtype, name="conv")(enlarge(x))
+    return Conv(x.shape[-1], enlarged=True, dtype=self.dtype, name="conv")(x)
 
 
 def rematerialised(block: type[nn.Module], on: bool) -> type[nn.Module]:

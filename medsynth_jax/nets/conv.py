@@ -16,8 +16,10 @@ from jax import lax
 
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets.conv_ops import (
+  SPLIT_CHANNELS,
   cured_conv,
   cured_conv_transpose,
+  enlarging,
   plain_conv,
   plain_conv_transpose,
 )
@@ -29,7 +31,7 @@ _cure = contextvars.ContextVar("cure", default="auto")
 def cure_setting(setting: str):
   """Sets "auto", "on" or "off" for all convolutions traced inside (compiled code keeps its own)."""
   if setting not in ("auto", "on", "off"):
-    raise UserError(f"cure={setting!r}: choose 'auto', 'on' or 'off'")
+    raise UserError(f"conv_cure={setting!r}: choose 'auto', 'on' or 'off'")
   token = _cure.set(setting)
   try:
     yield
@@ -88,6 +90,17 @@ def _each(value, rank: int, what: str) -> tuple[int, ...]:
   return values
 
 
+def enlarge(x):
+  """Doubles every spatial axis of [B, *space, C] by repetition."""
+  # A broadcast: faster on the CPU than `jax.image.resize`, whose gradient scatters.
+  shape, out = [x.shape[0]], [x.shape[0]]
+  for size in x.shape[1:-1]:
+    shape += [size, 2]
+    out.append(2 * size)
+  x = jnp.expand_dims(x, tuple(range(2, 2 * x.ndim - 3, 2)))
+  return jnp.broadcast_to(x, (*shape, x.shape[-1])).reshape(*out, x.shape[-1])
+
+
 def _parameters(module, x, kernel_shape):
   """Float32 kernel and bias (or None), and x, all in the layer's computing type."""
   kernel = module.param("kernel", kernel_init(module.initializer), kernel_shape, jnp.float32)
@@ -107,6 +120,7 @@ class Conv(nn.Module):
     padding: pixels on each side (PyTorch's meaning), or "same" (output = ceil(size / stride), the
       odd pixel at the end).
     padding_mode: "zero" or "reflect".
+    enlarged: convolves what `enlarge` makes of the input; only with the defaults of those above.
     bias: adds a bias.
     initializer: see `kernel_init`; "torch" also draws the bias from U(+-1/sqrt(fan_in)).
     dtype: computing type; parameters are float32.
@@ -118,6 +132,7 @@ class Conv(nn.Module):
   stride: int | Sequence[int] = 1
   padding: int | str = "same"
   padding_mode: str = "zero"
+  enlarged: bool = False
   bias: bool = True
   initializer: str = "torch"
   dtype: Any = jnp.float32
@@ -129,6 +144,11 @@ class Conv(nn.Module):
     k = _each(self.kernel_size, rank, "kernel_size")
     stride = _each(self.stride, rank, "stride")
     x, kernel, bias = _parameters(self, x, (*k, x.shape[-1], self.features))
+    if self.enlarged:
+      if cured(self.cure) and self.features >= SPLIT_CHANNELS:
+        y = cured_conv_transpose(x, enlarging(kernel), (2,) * rank, ((2, 2),) * rank)
+        return y if bias is None else y + bias
+      x = enlarge(x)
     if self.padding == "same":
       pads = lax.padtype_to_pads(x.shape[1:-1], k, stride, "SAME")
     else:

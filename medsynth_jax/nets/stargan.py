@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from medsynth_jax.errors import UserError
-from medsynth_jax.nets.blocks import enlarge
 from medsynth_jax.nets.conv import Conv, ConvTranspose, kernel_init
 from medsynth_jax.nets.layers import check_size, head, norm_layer
 from medsynth_jax.nets.resnet_generator import ResidualBlock
@@ -71,8 +70,8 @@ class StarGANGenerator(nn.Module):
       if self.upsampling == "transposed":
         x = ConvTranspose(width, name=f"up_{level}", **strided)(x)
       elif self.upsampling == "resize":
-        x = Conv(width, bias=False, initializer=self.initializer, dtype=self.dtype,
-                 name=f"up_{level}")(enlarge(x))
+        x = Conv(width, enlarged=True, bias=False, initializer=self.initializer, dtype=self.dtype,
+                 name=f"up_{level}")(x)
       else:
         raise UserError(f"upsampling={self.upsampling!r}: choose 'transposed' or 'resize'")
       x = normed(x)
