@@ -1,5 +1,6 @@
 """How every command starts and fails: flags, and one clear line for a user's mistake."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -111,19 +112,27 @@ def changed(config: ConfigDict, fields: Sequence[str]) -> ConfigDict:
   Raises:
     UserError: as `read_config`.
   """
-  values = flags.FlagValues()
-  held = config_flags.DEFINE_config_dict("config", config.copy_and_resolve_references(), "",
-                                         flag_values=values, lock_config=True)
-  _parse(["", *(f"--{field}" for field in fields)], values)
+  values, argv = flags.FlagValues(), ["", *(f"--{field}" for field in fields)]
+  with _one_line():
+    held = config_flags.DEFINE_config_dict("config", config.copy_and_resolve_references(), "",
+                                           flag_values=values, lock_config=True, sys_argv=argv)
+  _parse(argv, values)
   return held.value
 
 
 def _parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  try:
+  with _one_line():
     rest = values(argv)
     if "config" in values and values["config"].value is not None:
       values["config"].value.keys()  # the error of a file that could not be read waits in it
     return rest
+
+
+@contextlib.contextmanager
+def _one_line():
+  """What flags and configs raise as a UserError."""
+  try:
+    yield
   except UserError:
     raise
   except flags.Error as error:

@@ -9,6 +9,8 @@ from test_train import get_config, scale_build, toy_config, two_stages
 from medsynth_jax import bench, builtin, measuring, methods
 from medsynth_jax.errors import UserError
 
+CHANGES = ("config.first.batch_size=4", "config.dtype=bfloat16")
+
 
 @pytest.fixture(scope="module")
 def measured(toy_data, tmp_path_factory):
@@ -20,7 +22,7 @@ def measured(toy_data, tmp_path_factory):
     config = two_stages(toy_data)
     config.stages = ("first", "second", "third")
     config.third = config.second.copy_and_resolve_references()
-    text = bench.report(config, 3, None, folder / "out.json", folder / "trace")
+    text = bench.report(config, 3, None, folder / "out.json", folder / "trace", CHANGES)
   assert sorted(toy_data.rglob("*")) == before, "files were left in the data set"
   return text, json.loads((folder / "out.json").read_text()), folder
 
@@ -43,6 +45,40 @@ def test_every_stage_is_measured(measured):
     assert list((folder / "trace" / name).rglob("*.xplane.pb"))
   assert found["machine"]["platform"] == "cpu" and found["machine"]["versions"]["jax"]
   assert sorted(p.name for p in folder.iterdir()) == ["out.json", "trace"]
+
+
+def test_a_change_is_measured_in_turn_with_the_config_as_it_is(measured):
+  text, found, _ = measured
+  lines = text.splitlines()
+  at = lines.index(f"with {', '.join(CHANGES)}, beside the config as it is:")
+  for title, field, line in (("time an image", "image_seconds", lines[at + 1]),
+                             ("working memory", "working_bytes", lines[at + 2])):
+    before, after = (each[field] for each in found["stages"]["first"]["change"])
+    assert line.startswith(title) and line.split()[-3] == f"{after / before:.2f}"
+  assert found["changes"] == list(CHANGES)
+
+
+def test_runs_that_are_compared_take_turns(toy_data, monkeypatch):
+  config, taken = two_stages(toy_data), []
+  monkeypatch.setitem(methods.METHODS, "scale", scale_build)
+  config.stages, store = ("first",), measuring.Store(toy_data)
+  runs = [bench.runs.build(config, store.info, toy_data / "no run") for _ in range(2)]
+  window = measuring._window
+  monkeypatch.setattr(measuring, "_window", lambda compiled, state, some, count: (
+    taken.append((id(compiled), count)), window(compiled, state, some, count))[1])
+  measuring.alternated([(run, {}) for run in runs], store, "first", 10)
+  a, b = (each for each, _ in taken[:2])
+  assert a != b and taken == [(a, 2), (b, 2), *[(a, 2), (b, 2)] * 5]
+
+
+@pytest.mark.parametrize("change, message", [
+  ("config.first.width=3", "unknown config field"), ("config.first.steps=much", "steps=much"),
+  ("config.conv_cure=fast", "choose 'auto', 'on' or 'off'"),
+  ("config.stages=('first',)", "would become first; compare configs of the same stages")])
+def test_a_wrong_change_is_refused(change, message, toy_data, monkeypatch):
+  monkeypatch.setitem(methods.METHODS, "scale", scale_build)
+  with pytest.raises(UserError, match=message):
+    bench.measure(two_stages(toy_data), toy_data, 1, None, [change])
 
 
 def test_the_table_says_what_its_numbers_are_worth(measured):
@@ -117,7 +153,7 @@ def test_built_in_data_are_made_and_removed(toy_data, monkeypatch):
     folders.append(folder)
     return toy_data
   monkeypatch.setattr(builtin, "make", make)
-  monkeypatch.setattr(bench, "measure", lambda config, data, steps, trace: {"data": data})
+  monkeypatch.setattr(bench, "measure", lambda config, data, *_: {"data": data})
   monkeypatch.setattr(bench, "table", lambda found: found["data"])
   config = get_config("unet")
   assert bench.report(config, 1) == toy_data and not folders[0].exists()
