@@ -159,8 +159,9 @@ class Run:
     synthesize = self.methods[stage].synthesize
     if self.config.synthesis.mirror:
       synthesize = serving.mirrored(synthesize, self._left_right())
+    shapes = self.served_shapes(stage)
     with self.tracing():
-      return serving.lower(synthesize, self.mesh, *self.served_shapes(stage))
+      return serving.lower(synthesize, self.mesh, *shapes)
 
   @functools.cached_property
   def compile_seconds(self) -> dict[str, float]:
