@@ -135,6 +135,13 @@ def test_enlarged_convolution_equals_that_of_the_repeated_input(space):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("other", [
+  {"kernel_size": 4}, {"stride": 2}, {"padding": 0}, {"padding_mode": "reflect"}])
+def test_only_the_default_convolution_is_enlarged(other):
+  with pytest.raises(ValueError, match="enlarged"):
+    Conv(2, enlarged=True, **other).init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)))
+
+
 def test_gradient_of_a_gradient_is_the_plain_one():
   x, first, second = array(0, 1, 8, 8, 2), array(1, 4, 4, 2, 24), array(2, 4, 4, 24, 1)
 

@@ -145,6 +145,9 @@ class Conv(nn.Module):
     stride = _each(self.stride, rank, "stride")
     x, kernel, bias = _parameters(self, x, (*k, x.shape[-1], self.features))
     if self.enlarged:
+      if (*k, *stride, self.padding, self.padding_mode) != (3,) * rank + (1,) * rank + (
+          "same", "zero"):
+        raise ValueError("enlarged: only a 3x3 convolution of stride 1 with 'same' zero padding")
       if cured(self.cure) and self.features >= SPLIT_CHANNELS:
         y = cured_conv_transpose(x, enlarging(kernel), (2,) * rank, ((2, 2),) * rank)
         return y if bias is None else y + bias
