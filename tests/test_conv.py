@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_train import toy_config
 
+from medsynth_jax import run, train
+from medsynth_jax.data.dataset import Store
 from medsynth_jax.errors import UserError
 from medsynth_jax.nets import conv_ops
 from medsynth_jax.nets.conv import (
@@ -248,3 +251,19 @@ def test_the_cure_follows_layer_then_setting_then_backend(monkeypatch):
 def test_wrong_settings_are_refused(layer):
   with pytest.raises(UserError):
     layer.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+
+
+def test_the_cure_of_convolutions_is_a_field(toy_data, tmp_path):
+  """Training step and synthesis follow it; a run may go on with another setting."""
+  texts, store = {}, Store(toy_data)
+  for setting in ("on", "off"):
+    config = toy_config("pix2pix", toy_data, conv_cure=setting, steps=1)
+    here = run.start(config, store.info, tmp_path / "run")  # the second goes on with the first's
+    texts[setting] = [train.lower_step(here, "pix2pix").as_text(),
+                      here.lower_synthesis("pix2pix").as_text()]
+  auto = toy_config("pix2pix", toy_data, steps=1)
+  del auto.conv_cure  # a run of an older version
+  here = run.build(auto, store.info, tmp_path / "old")
+  assert train.lower_step(here, "pix2pix").as_text() == texts["on"][0]
+  for on, off in zip(texts["on"], texts["off"], strict=True):
+    assert on != off

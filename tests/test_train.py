@@ -237,22 +237,6 @@ def test_stage_that_needs_a_later_one_is_refused(toy_data, monkeypatch):
     run.check(config, Path("nowhere"))
 
 
-def test_the_cure_of_convolutions_is_a_field(toy_data, tmp_path):
-  """Training step and synthesis follow it; a run may go on with another setting."""
-  texts, store = {}, Store(toy_data)
-  for setting in ("on", "off"):
-    config = toy_config("pix2pix", toy_data, conv_cure=setting, steps=1)
-    here = run.start(config, store.info, tmp_path / "run")  # the second goes on with the first's
-    texts[setting] = [train.lower_step(here, "pix2pix").as_text(),
-                      here.lower_synthesis("pix2pix").as_text()]
-  auto = toy_config("pix2pix", toy_data, steps=1)
-  del auto.conv_cure  # a run of an older version
-  here = run.build(auto, store.info, tmp_path / "old")
-  assert train.lower_step(here, "pix2pix").as_text() == texts["on"][0]
-  for on, off in zip(texts["on"], texts["off"], strict=True):
-    assert on != off
-
-
 # --- what bad settings get -------------------------------------------------------------------
 
 
