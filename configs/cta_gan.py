@@ -39,7 +39,7 @@ def _stage(**fields):
     "reg_gan", gan="lsgan", conditional=False, adversarial=1.0, correction=20.0, smoothness=10.0,
     mean_flow=0.0, l1=0.0, cycle=0.0,
     bright={"weight": 0.0, "above": 110.5},  # HU: 0.3 of -1..1 in the code's window L50 W400
-    generator={"name": "resnet", "initializer": "torch"},
+    generator={"name": "resnet", "initializer": "torch", "residual": False},
     discriminator={"name": "patchgan", "norm": "instance", "initializer": "torch", "pooled": True},
     registration={"name": "registration_resunet"}, **fields)
   stage["optim"].update(lr=1e-4, b1=0.5)
@@ -55,7 +55,7 @@ def laptop(config):
   config.vessels.update(steps=1000, batch_size=2)
   for section in (config.cta_gan, config.vessels):
     section.update(displace=8.0, redraw=True)
-    section.generator.update(base=16, blocks=4)
+    section.generator.update(base=16, blocks=4, residual=True)
     section.discriminator.update(base=16, n_layers=2)
     section.registration.channels = (16, 32, 32, 32)
     section.optim.update(lr=1e-3, schedule="linear", hold=0.3, ema=0.99)

@@ -20,18 +20,24 @@ def exchange(pool: dict[str, jax.Array], images: jax.Array, key: jax.Array
   While the pool fills, an image is stored and shown. Then it is shown and not stored, or with
   probability 1/2 takes the place of a stored one, which is shown.
   """
-  size = len(pool["images"])
+  size, count = len(pool["images"]), len(images)
 
-  def one(pool, drawn):
-    image, key = drawn
+  def one(state, drawn):
+    slots, filled = state
+    number, key = drawn
     coin_key, place_key = jax.random.split(key)
-    filling = pool["count"] < size
+    filling = filled < size
     random = jax.random.randint(place_key, (), 0, size)
-    place = jnp.where(filling, jnp.minimum(pool["count"], size - 1), random)
+    place = jnp.where(filling, jnp.minimum(filled, size - 1), random)
     stores = filling | jax.random.bernoulli(coin_key)
-    old = pool["images"][place]
-    images = pool["images"].at[place].set(jnp.where(stores, image, old))
-    count = jnp.minimum(pool["count"] + 1, size)
-    return {"images": images, "count": count}, jnp.where(stores & ~filling, old, image)
+    old = slots[place]
+    slots = slots.at[place].set(jnp.where(stores, number, old))
+    return (slots, jnp.minimum(filled + 1, size)), jnp.where(stores & ~filling, old, number)
 
-  return jax.lax.scan(one, pool, (images, jax.random.split(key, len(images))))
+  # By numbers, one after another; then all images move at once: moved within the loop, each would
+  # travel between the devices by itself.
+  state = jnp.arange(size), pool["count"]
+  (slots, filled), shown = jax.lax.scan(
+    one, state, (size + jnp.arange(count), jax.random.split(key, count)))
+  images = jnp.concatenate([pool["images"], images])
+  return {"images": images[slots], "count": filled}, images[shown]

@@ -99,6 +99,19 @@ def test_generators_dropout_type_and_range(name):
   }
 
 
+def test_a_residual_generator_starts_as_its_source_and_learns_the_change():
+  net = ResNetGenerator(base=4, blocks=1, residual=True)
+  x = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 1)), jnp.float32)
+  made, variables = jax.jit(net.init_with_output)(jax.random.key(0), x)
+  assert 0 < np.abs(made - x).max() < 1e-3
+  target = jnp.clip(x + 0.3, -1, 1)
+  changed = jax.jit(jax.grad(lambda v: jnp.abs(net.apply(v, x) - target).mean()))(variables)
+  assert np.abs(changed["params"]["head"]["kernel"]).max() > 0
+  assert np.abs(jax.jit(net.apply)(filled(net, 2, 16, 16, 1), x)).max() <= 1
+  with pytest.raises(UserError, match="residual=True.* 3 channels.* 1: set residual=False"):
+    shapes(net, 1, 16, 16, 3)
+
+
 def test_a_network_trains_the_same_with_and_without_the_cure():
   """Every leaf of a small volume network has the gradient of the plain convolutions."""
   net = UNet(channels=(8, 16))

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from medsynth_jax.errors import UserError
 from medsynth_jax.nets.conv import Conv, ConvTranspose
 from medsynth_jax.nets.layers import check_size, head, norm_layer
 
@@ -37,7 +38,7 @@ class ResNetGenerator(nn.Module):
   A 7x7 convolution, two strided ones, residual blocks at a quarter of the size, two transposed
   ones, a 7x7 head. With the defaults: 11,365,633 parameters 1 -> 1 (11,376,129 with
   norm="affine_instance"). Convolutions keep their bias. Raises UserError for a size that is not a
-  multiple of 4.
+  multiple of 4, and with `residual` for a source of other channels than the image made.
 
   Attributes:
     out_channels: channels of the image made.
@@ -47,6 +48,9 @@ class ResNetGenerator(nn.Module):
     padding: "reflect" or "zero" (where label maps are input: reflection and instance norm would
       cancel them), for the 7x7 convolutions and the blocks.
     dropout: rate inside the blocks in training (rng "dropout"), 0 for none.
+    residual: the network makes the change of its source, which starts at zero, and the image is the
+      source plus it, cut to [-1, 1]: for a target in the source's units and range, as a CT
+      angiogram is of a CT (not in the published systems).
     initializer: see `conv.kernel_init`.
     dtype: computing type; parameters and output are float32.
   """
@@ -57,6 +61,7 @@ class ResNetGenerator(nn.Module):
   norm: str = "instance"
   padding: str = "reflect"
   dropout: float = 0.0
+  residual: bool = False
   initializer: str = "normal_0.02"
   dtype: Any = jnp.float32
 
@@ -67,6 +72,11 @@ class ResNetGenerator(nn.Module):
   @nn.compact
   def __call__(self, x, deterministic: bool = True):
     check_size("the ResNet generator", x.shape[1:-1], self.factor)
+    if self.residual and x.shape[-1] != self.out_channels:
+      raise UserError(f"generator.residual=True changes the source itself, which has {x.shape[-1]}"
+                      f" channels, and the image made {self.out_channels}: set residual=False, or"
+                      " one source without neighbouring slices")
+    source = x
     wide = {"kernel_size": 7, "padding": 3, "padding_mode": self.padding,
             "initializer": self.initializer}
     strided = {"kernel_size": 3, "stride": 2, "padding": 1, "initializer": self.initializer,
@@ -86,4 +96,7 @@ class ResNetGenerator(nn.Module):
     for level in (1, 0):
       x = ConvTranspose(self.base * 2**level, output_padding=1, name=f"up_{level}", **strided)(x)
       x = normed(x)
-    return head(x, self.out_channels, "tanh", **wide)
+    if not self.residual:
+      return head(x, self.out_channels, "tanh", **wide)
+    change = head(x, self.out_channels, "tanh", **{**wide, "initializer": "normal_1e-5"})
+    return jnp.clip(source + change, -1.0, 1.0)
