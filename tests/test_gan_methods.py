@@ -227,6 +227,14 @@ def test_gradient_penalty_closed_form():
   assert float(got) == pytest.approx(((1 - 1) ** 2 + (4 - 1) ** 2) / 2, rel=1e-5)
 
 
+def test_images_of_a_pool_stay_out_of_its_loop():
+  """Of images split over devices, each one that moves in a loop is a message of its own."""
+  images = jnp.zeros((4, 2, 2, 1))
+  traced = jax.make_jaxpr(pool.exchange)(pool.empty(3, images[:1]), images, jax.random.key(0))
+  (loop,) = [e for e in traced.eqns if e.primitive.name == "scan"]
+  assert not any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in loop.invars)
+
+
 def test_pool_fills_then_exchanges():
   state = pool.empty(3, jnp.zeros((1, 2, 2, 1)))
   images = lambda k: jnp.full((2, 2, 2, 1), k) + jnp.array([0.0, 0.5])[:, None, None, None]  # noqa: E731
