@@ -37,7 +37,7 @@ def get_config(variant: str = ""):
 def _stage(**fields):
   stage = common.stage(
     "reg_gan", gan="lsgan", conditional=False, adversarial=1.0, correction=20.0, smoothness=10.0,
-    mean_flow=0.0, l1=0.0, cycle=0.0,
+    mean_flow=0.0, l1=0.0, change=0.0, cycle=0.0,
     bright={"weight": 0.0, "above": 110.5},  # HU: 0.3 of -1..1 in the code's window L50 W400
     generator={"name": "resnet", "initializer": "torch", "residual": False},
     discriminator={"name": "patchgan", "norm": "instance", "initializer": "torch", "pooled": True},

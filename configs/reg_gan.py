@@ -20,7 +20,8 @@ from medsynth_jax import config as common
 
 def get_config(variant: str = ""):
   config = common.single("reg_gan", common.base(), gan="lsgan", conditional=False, adversarial=1.0,
-                         correction=20.0, smoothness=10.0, mean_flow=0.0, l1=0.0, cycle=0.0)
+                         correction=20.0, smoothness=10.0, mean_flow=0.0, l1=0.0, change=0.0,
+                         cycle=0.0)
   config.bright = {"weight": 0.0, "above": 0.0}
   config.data.channels = "one"
   config.generator = {"name": "resnet", "initializer": "torch"}

@@ -132,13 +132,14 @@ def target_channels(config: ConfigDict) -> int:
   return 3 if names(config.data.targets) == (fusion.NAME,) else 1
 
 
-def check_symmetric(config: ConfigDict, stage: str) -> None:
-  """A UserError unless a source looks like a target: what a method needs that also goes back."""
+def check_symmetric(config: ConfigDict, stage: str,
+                    why: str = "also makes the source from the target") -> None:
+  """A UserError unless a source looks like a target, as a method needs that compares them."""
   data = config.data
   if (data.channels != "one" or data.context or len(names(data.source)) != 1
       or target_channels(config) != 1):
-    raise UserError(f"stage '{stage}' also makes the source from the target: set data.channels=one,"
-                    " data.context=0, one data.source and a target of one channel")
+    raise UserError(f"stage '{stage}' {why}: set data.channels=one, data.context=0, one data.source"
+                    " and a target of one channel")
 
 
 def names(text: str) -> tuple[str, ...]:

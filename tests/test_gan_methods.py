@@ -54,7 +54,7 @@ def batch_of(example, seed=0, **more):
 
 
 # the weights of a method's terms, and those of which 0 leaves a net and its other terms out
-TERMS = {"reg_gan": ("adversarial", "correction", "smoothness", "mean_flow", "l1", "cycle",
+TERMS = {"reg_gan": ("adversarial", "correction", "smoothness", "mean_flow", "l1", "change", "cycle",
                      "bright.weight"),
          "cyclegan": ("cycle", "identity"), "unified_gan": ("cycle", "l1", "classification")}
 LEAVES_OUT = {"reg_gan": {"correction": ("correction", "smoothness", "mean_flow"),
@@ -109,7 +109,7 @@ NO_TERM = {"adversarial": 0.0, "correction": 1e-30, "smoothness": 0.0}  # 0 woul
 
 
 @pytest.mark.parametrize("term, reached", [
-  ("adversarial", {"generator"}), ("l1", {"generator"}),
+  ("adversarial", {"generator"}), ("l1", {"generator"}), ("change", {"generator"}),
   ("correction", {"generator", "registration"}), ("smoothness", {"generator", "registration"}),
   ("mean_flow", {"generator", "registration"}), ("bright.weight", {"generator", "registration"})])
 def test_terms_of_reg_gan(term, reached, toy_data):
@@ -258,6 +258,8 @@ def test_what_the_methods_refuse(toy_data):
     start("cyclegan", toy_data, (("data.channels", "own"),))
   with pytest.raises(UserError, match="data.context=0"):
     start("reg_gan", toy_data, (("cycle", 10.0), ("data.context", 1)))
+  with pytest.raises(UserError, match=r"with the source \(change=1.0\): set data.channels=one"):
+    start("reg_gan", toy_data, (("change", 1.0), ("data.context", 1)))
   with pytest.raises(UserError, match="mean_flow=1.0 is of the registration network"):
     start("reg_gan", toy_data, (("mean_flow", 1.0), ("correction", 0.0)))
   with pytest.raises(UserError, match="data.source=any: pix2pix is made from one source"):

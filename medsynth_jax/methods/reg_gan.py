@@ -27,6 +27,8 @@ def build(config, stage, info, methods) -> Method:
     mean_flow    |mean of phi| of each example: G and R could share a global shift, which only a
                  conditional D sees; a shift that a pair really has is punished too
     l1           L1 of G(x) itself against y
+    change       L1 of G(x) against the source x, SimGAN's self-regularisation (arXiv 1612.07828),
+                 for a target in the source's units: what is as likely brighter as darker stays
     cycle        L1 of each image made there and back, by a second generator and discriminator
     bright       `weight` times L1 after the warp where y is `above` (physical units), averaged over
                  all voxels, as in CTA-GAN's second stage
@@ -37,12 +39,16 @@ def build(config, stage, info, methods) -> Method:
   old weights. Synthesis uses G alone; `flow` gives phi.
 
   Raises:
-    UserError: a cycle with sources in other channels than a target's, `mean_flow` without R.
+    UserError: a cycle or a change with sources in other channels than a target's, `mean_flow`
+      without R.
   """
   del methods
   section = stages(config)[stage]
   if section.cycle:
     check_symmetric(config, stage)
+  change = section.get("change", 0.0)  # runs from before this field have none
+  if change:
+    check_symmetric(config, stage, f"compares its image with the source (change={change})")
   registers = bool(section.correction)
   if section.mean_flow and not registers:
     raise UserError(f"{stage}: mean_flow={section.mean_flow} is of the registration network, which"
@@ -91,6 +97,8 @@ def build(config, stage, info, methods) -> Method:
       fakes = {"discriminator": fake}
       if section.l1:
         parts["l1"] = losses.l1(fake, b, weight)
+      if change:
+        parts["change"] = losses.l1(fake, a, seen)
       shown = fake
       if registers:
         flow = register(trained["registration"], fake, b)
@@ -132,7 +140,7 @@ def build(config, stage, info, methods) -> Method:
   txs = {name: optim.make(section.optim, section.steps, ema=name in ("generator", "registration"))
          for name in trained}
   weights = {**{name: section[name] for name in ("adversarial", "correction", "smoothness",
-                                                 "mean_flow", "l1", "cycle")},
+                                                 "mean_flow", "l1", "cycle")}, "change": change,
              "adversarial_back": section.adversarial, "bright": section.bright.weight}
   keeps = ("generator", "registration") if registers else ("generator",)
   return Method(init, step, synthesize, txs, keeps=keeps, factor=generator.factor,
