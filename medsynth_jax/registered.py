@@ -21,11 +21,11 @@ from medsynth_jax.nets.warp import folding
 
 GRADIENT = 0.05  # of the data range a voxel: 10 to 43 % of the simulated heads' body voxels
 SMOOTH = 1.0  # voxels, SD of the Gaussian before a gradient or a shift is taken
-RATIO, SHIFT = 0.5, 0.5  # demands: error by the zero flow's, and voxels
+RATIO, STILL, SHIFT = 0.5, 0.5, 0.5  # demands: error by the zero flow's, and voxels
 FOLDED = 0.001  # share of voxels that is warned of
 SLICES, FAR = 32, 8  # of a volume, by which its shift is estimated; voxels that are searched
-UNITS = {"error": "mm", "zero_error": "mm", "still": "mm", "folded": "1", "used": "1",
-         "shift": "voxel"}
+UNITS = {"error": "mm", "zero_error": "mm", "still": "mm", "still_voxel": "voxel", "folded": "1",
+         "used": "1", "shift": "voxel"}
 
 
 def measure(truth: np.ndarray, image: np.ndarray, mask: np.ndarray, spacing, u: np.ndarray,
@@ -33,7 +33,7 @@ def measure(truth: np.ndarray, image: np.ndarray, mask: np.ndarray, spacing, u: 
   """The scores of one volume, named as in UNITS; NaN where no voxel or no contrast allows one.
 
   error, zero_error  mean |phi - u| and |u| over the voxels of the displaced body with gradient
-  still              mean |phi| without displacement, over those of the body as it is
+  still, still_voxel mean |phi| without displacement, over those of the body as it is
   folded             share of the displaced body's voxels where p + phi(p) folds
   used               share of the displaced body's voxels that have gradient
   shift              length of `shift_of` the image
@@ -50,6 +50,7 @@ def measure(truth: np.ndarray, image: np.ndarray, mask: np.ndarray, spacing, u: 
   used, used_still = structured(_grey(shown), body), structured(_grey(truth), mask)
   return {
     "error": _length(phi - u, used, spacing), "still": _length(still, used_still, spacing),
+    "still_voxel": _length(still, used_still, (1, 1)),
     "zero_error": _length(np.broadcast_to(u, phi.shape), used, spacing),
     "folded": float(folding(phi.astype(np.float32), body[..., None].astype(np.float32))),
     "used": float(used.sum() / body.sum()) if body.any() else float("nan"),
@@ -129,7 +130,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def _length(flow: np.ndarray, where: np.ndarray, spacing) -> float:
-  """Mean length in mm of a field [n, H, W, 2] in pixels, over some voxels."""
+  """Mean length, by the spacing's unit, of a field [n, H, W, 2] in pixels, over some voxels."""
   lengths = np.linalg.norm(flow[where] * np.asarray(spacing), axis=-1)
   return float(lengths.mean()) if lengths.size else float("nan")
 
@@ -184,7 +185,8 @@ class Registration:
       f" {'-' if used is None else f'{used:.0%}'} of them):",
       f"  error of the flow {told('error')}, of the zero flow {told('zero_error')}; ratio"
       f" {_demanded(ratio, RATIO)}",
-      f"  length of the flow without displacement: {told('still')}",
+      f"  length of the flow without displacement: {told('still')}; in voxels"
+      f" {_demanded(scores['still_voxel']['mean'], STILL)}",
       f"  folded (Jacobian determinant 0 or less): {scores['folded']['mean']:.3%} of body voxels",
       "  shift of the image against the reference where that lies in the data, in voxels (one"
       " translation a volume, by the directions of gradients):"

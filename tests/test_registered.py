@@ -140,6 +140,7 @@ def test_lengths_are_in_mm(slices):
                    lambda shown: np.broadcast_to(np.float32([1, 1]), (4, 44, 48, 2)))
   assert scores["zero_error"] == pytest.approx(5) and scores["error"] == pytest.approx(2)
   assert scores["still"] == pytest.approx(np.hypot(3, 2)) and scores["folded"] == 0
+  assert scores["still_voxel"] == pytest.approx(np.hypot(1, 1))
 
 
 def test_what_is_shown_is_the_displaced_target(slices):
