@@ -14,10 +14,10 @@ change of its CT (`generator.residual`), and pays for it (`change`): both are ou
 
 The simulated CT and CTA differ in their vessels alone, thinner than a voxel here, so that copying
 the CT is hard to beat: what is lost against it is bone, blurred by what registration leaves. In the
-vessels the error is 182 HU in both stages (lut2 201, identity 208, mean image 161). On test subjects
-displaced by a known 8 mm the flow of `vessels` is wrong by 3.4 mm where the zero flow is by 7.6
-(ratio 0.45); without a displacement it is 0.6 mm (0.16 voxel) long; the image is shifted by 0.01
-voxel.
+vessels the error is 182 HU in both stages (lut2 201, identity 208, mean image 161). On test
+subjects displaced by a known 8 mm the flow of `vessels` is wrong by 3.4 mm where the zero flow is
+by 7.6 (ratio 0.45); without a displacement it is 0.6 mm (0.16 voxel) long; the image is shifted by
+0.01 voxel.
 
 Trained on pairs that line up (both stages' `displace=0`, `change=0`, `smoothness=20`) the flow on
 test subjects is 0.01 mm long, and cta_gan is above lut2, 47.37 / 0.993, hardly leaving its CT (207

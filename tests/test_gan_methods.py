@@ -54,8 +54,8 @@ def batch_of(example, seed=0, **more):
 
 
 # the weights of a method's terms, and those of which 0 leaves a net and its other terms out
-TERMS = {"reg_gan": ("adversarial", "correction", "smoothness", "mean_flow", "l1", "change", "cycle",
-                     "bright.weight"),
+TERMS = {"reg_gan": ("adversarial", "correction", "smoothness", "mean_flow", "l1", "change",
+                     "cycle", "bright.weight"),
          "cyclegan": ("cycle", "identity"), "unified_gan": ("cycle", "l1", "classification")}
 LEAVES_OUT = {"reg_gan": {"correction": ("correction", "smoothness", "mean_flow"),
                           "cycle": ("cycle",)}}
