@@ -6,13 +6,13 @@ Modes by fields: NC+R as it is; NC with `--config.correction=0 --config.smoothne
 `--config.cycle=10`; C with all three. `:pix2pix` is RegGAN's baseline without registration.
 
 Built-in simulated data of 4 mm (16 training, 2 test subjects), T1 -> T2, training targets displaced
-by 8 mm, scored against aligned ones, PSNR / SSIM in the body; 5 CPU minutes:
+by 8 mm, scored against aligned ones, PSNR / SSIM in the body; 7 CPU minutes:
 
-  reg_gan 17.70 / 0.620; floor (best row) 14.96 / 0.249; ceiling 34.83 / 0.982
+  reg_gan 17.58 / 0.614; floor (best row) 14.96 / 0.249; ceiling 34.83 / 0.982
 
-On test subjects displaced by a known 8 mm the flow is wrong by 3.9 mm where the zero flow is by 8.4
-(ratio 0.46), without displacement it is 2.2 mm (0.55 voxel) long, nothing folds, and the image is
-shifted by 0.07 voxel against the aligned reference. With more subjects and a smoother flow
+On test subjects displaced by a known 8 mm the flow is wrong by 4.1 mm where the zero flow is by 8.4
+(ratio 0.49), without displacement it is 2.3 mm (0.57 voxel) long, nothing folds, and the image is
+shifted by 0.10 voxel against the aligned reference. With more subjects and a smoother flow
 (`--config.data.simulated.n_subjects=40 --config.smoothness=40 --config.steps=6000`, 9 CPU minutes):
 
   reg_gan 18.91 / 0.679; floor 15.50 / 0.294; ratio 0.41; 1.7 mm (0.43 voxel) without displacement

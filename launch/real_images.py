@@ -78,8 +78,7 @@ SETTINGS["ibsi_reg"] = {
   "data.channels": "own", "displace": 0.0, "steps": 2000}
 SETTINGS["cta"] = {
   **WHOLE, "data.augment.rotate": 10.0, "data.augment.scale": 0.1, "data.augment.shift": 0.03,
-  "cta_gan.displace": 0.0, "vessels.displace": 0.0, "cta_gan.change": 0.0, "vessels.change": 0.0,
-  "cta_gan.steps": 1200, "vessels.steps": 300,
+  "cta_gan.displace": 0.0, "vessels.displace": 0.0, "cta_gan.steps": 1200, "vessels.steps": 300,
   "evaluation.lumen": "lumen"}
 SETTINGS["open_ms_any"] = {
   **WHOLE, "data.augment.gamma": 0.3, "data.augment.contrast": 0.1, "steps": 3000}
