@@ -8,7 +8,7 @@ latest.
 Built-in simulated data of 4 mm (16 training, 2 test subjects), T1 -> T2, PSNR / SSIM in the body; 6
 CPU minutes:
 
-  cyclegan 11.44 / 0.017; constant 13.68 / 0.133; lut2 14.34 / 0.249; ceiling 34.83 / 0.982
+  cyclegan 11.42 / 0.017; constant 13.68 / 0.133; lut2 14.34 / 0.249; ceiling 34.83 / 0.982
 
 After this short run it is below `constant`: nothing tells it which tissue is bright in a T2, and it
 leaves the ventricles dark. `:paper` has not been run.

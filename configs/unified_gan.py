@@ -6,12 +6,12 @@ Built-in simulated data of 4 mm (16 training, 2 test subjects), T1, T1c, T2 and 
 directions, PSNR of the row's source -> the column's target in the body; 13 CPU minutes:
 
           T1     T1c    T2     FLAIR          constant, whatever the source
-  T1             19.23  16.27  17.27          14.87  15.69  13.68  11.80
-  T1c     18.66         16.24  17.02
-  T2      16.63  17.32         16.33
-  FLAIR   18.21  18.72  16.32
+  T1             19.18  16.24  17.39          14.87  15.69  13.68  11.80
+  T1c     18.67         16.21  17.12
+  T2      16.68  17.32         16.18
+  FLAIR   18.15  18.63  16.29
 
-Mean 17.35 / 0.564; `constant` 14.01 / 0.191, `lut2` 18.15 / 0.651. All directions are above
+Mean 17.34 / 0.563; `constant` 14.01 / 0.191, `lut2` 18.15 / 0.651. All directions are above
 `constant`, four above `lut2` in PSNR (T1 and T1c to T2 and FLAIR). Three times as long, with
 `--config.steps=9000 --config.validate_every=3000` (40 CPU minutes):
 
