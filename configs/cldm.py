@@ -9,10 +9,10 @@ takes 21 CPU minutes, the mean of 8 samples 3 more:
 
                                    PET -> CT        PET -> T2
   floor (lut2)                     23.54 / 0.552    15.73 / 0.366
-  cldm, one sample                 23.43 / 0.560    16.51 / 0.515
-  cldm, mean of 8 samples          24.78 / 0.643    17.96 / 0.595
-  unet                             25.39 / 0.755    18.65 / 0.666
-  autoencoder (sees the target)    33.18 / 0.966    25.91 / 0.926
+  cldm, one sample                 23.85 / 0.505    16.51 / 0.519
+  cldm, mean of 8 samples          25.09 / 0.577    18.00 / 0.599
+  unet                             25.72 / 0.772    18.82 / 0.677
+  autoencoder (sees the target)    33.10 / 0.964    25.83 / 0.925
 
 Each code's image is closer to its own target than the other code's is. `:paper` has S1's networks
 and has not been run.
