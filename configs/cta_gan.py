@@ -29,8 +29,9 @@ Trained on pairs that line up, 8 CPU minutes:
 
 Above lut2, since it hardly leaves its CT (207 HU off in the vessels): by L1 the best guess of a
 vessel that is certain nowhere is none. More steps (5000) and ten times the bright-voxel loss do not
-change that (47.35, 208 HU). Nor does plain regression find them: `configs/unet.py` on the same pairs
-(2000 steps of batch 8) is 201 HU off by L1, and by L2 173 at the price of all else (35.68 / 0.949).
+change that (47.35, 208 HU). Nor does plain regression find them: `configs/unet.py` on the same
+pairs (2000 steps of batch 8) is 201 HU off by L1, and by L2 173 at the price of all else (35.68 /
+0.949).
 The flow on test subjects is 0.01 mm long. `:paper` has not been run.
 """
 
