@@ -16,7 +16,8 @@ FLAGS = ["--config=configs/unet.py", "--workdir=a run"]
 # notes its arguments, then what $d/then says: a status at once, or after the signal that asks it
 FAKE = r"""#!/bin/bash
 d={folder} name={name}
-{{ printf '%s\t' "$name" "$@"; echo; }} >> "$d/calls"
+printf -v call '%s\t' "$name" "$@"
+echo "$call" >> "$d/calls"  # in one write: two processes note theirs at once
 printf '%s\n' "$name|${{JAX_PLATFORMS:-}}|${{XLA_FLAGS:-}}" >> "$d/environment"
 trap 'sleep 0.3; echo saved >> "$d/saved"; exit {saved}' TERM
 case "$(cat "$d/$name" 2> /dev/null)" in
