@@ -48,6 +48,19 @@ def unoptimised():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def modality(kind, scaling, name="x"):
+  """A modality of an info.json: its unit and background by kind."""
+  unit, background = {"ct": ("HU", -1024), "pet": ("SUV", 0), "mr": ("arbitrary", 0)}[kind]
+  return Modality(name, kind, unit, background, ({},), {}, scaling)
+
+
+def smooth(shape, affine):
+  """A linear function of the place in mm, which linear interpolation reproduces."""
+  index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+  place = index @ affine[:3, :3].T + affine[:3, 3]
+  return (place @ [1.0, 2.0, -0.5]).astype(np.float32)
+
+
 def make_toy_data(folder, shape=(20, 24, 10), splits=("train",) * 4 + ("validation", "test"),
                   modalities=("a", "b"), seed=0, ct=False, subjects=None):
   """A data set of smooth random volumes, written without `prepare`; b is a function of a.
