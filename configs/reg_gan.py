@@ -15,7 +15,7 @@ On test subjects displaced by a known 8 mm the flow is wrong by 4.1 mm where the
 shifted by 0.10 voxel against the aligned reference. With more subjects and a smoother flow
 (`--config.data.simulated.n_subjects=40 --config.smoothness=40 --config.steps=6000`, 9 CPU minutes):
 
-  reg_gan 18.91 / 0.679; floor 15.50 / 0.294; ratio 0.41; 1.7 mm (0.43 voxel) without displacement
+  reg_gan 18.75 / 0.671; floor 15.50 / 0.294; ratio 0.41; 1.7 mm (0.43 voxel) without displacement
 
 `:paper` has not been run.
 """

@@ -13,15 +13,16 @@ directions, PSNR of the row's source -> the column's target in the body; 13 CPU 
 
 Mean 17.34 / 0.563; `constant` 14.01 / 0.191, `lut2` 18.15 / 0.651. All directions are above
 `constant`, four above `lut2` in PSNR (T1 and T1c to T2 and FLAIR). Three times as long, with
-`--config.steps=9000 --config.validate_every=3000` (40 CPU minutes):
+`--config.steps=9000 --config.validate_every=3000` (40 CPU minutes,
+70 beside another job):
 
           T1     T1c    T2     FLAIR          lut2
-  T1             20.50  18.99  19.08                 23.59  14.34  15.23
-  T1c     20.38         19.13  18.70          23.90         14.45  15.60
-  T2      18.59  19.07         18.47          18.17  18.71         17.77
-  FLAIR   19.61  19.68  18.54                 19.38  19.44  17.18
+  T1             20.55  19.01  19.09                 23.59  14.34  15.23
+  T1c     20.51         19.20  18.76          23.90         14.45  15.60
+  T2      18.52  19.01         18.49          18.17  18.71         17.77
+  FLAIR   19.55  19.67  18.58                 19.38  19.44  17.18
 
-Mean 19.23 / 0.738, above `lut2` in PSNR in all directions but T1 -> T1c and back, which differ in
+Mean 19.25 / 0.742, above `lut2` in PSNR in all directions but T1 -> T1c and back, which differ in
 vessels and lesions alone, and in SSIM too in seven. `:paper` has StarGAN's recipe and has not been
 run.
 """
