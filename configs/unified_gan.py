@@ -13,8 +13,8 @@ directions, PSNR of the row's source -> the column's target in the body; 13 CPU 
 
 Mean 17.34 / 0.563; `constant` 14.01 / 0.191, `lut2` 18.15 / 0.651. All directions are above
 `constant`, four above `lut2` in PSNR (T1 and T1c to T2 and FLAIR). Three times as long, with
-`--config.steps=9000 --config.validate_every=3000` (40 CPU minutes,
-70 beside another job):
+`--config.steps=9000 --config.validate_every=3000` (40 CPU minutes, 70 beside
+another job):
 
           T1     T1c    T2     FLAIR          lut2
   T1             20.55  19.01  19.09                 23.59  14.34  15.23
