@@ -5,8 +5,8 @@ python -m medsynth_jax.bench --config=configs/pix2pix.py --steps=20 --out=FILE.j
 Takes `config.data.dir`, or makes the built-in data in --workdir (which may be a run that holds them
 already), else in a temporary folder. No run and no checkpoint is left behind. Weights are random,
 those of earlier stages too: only speed is measured. The persistent compile cache is off, so that
-compile times are whole. --trace writes a profiler trace of some steps of each stage, to be opened
-with TensorBoard or Perfetto.
+compile times are whole. --stage=NAME takes that stage alone. --trace writes a profiler trace of
+some steps of each stage, to be opened with TensorBoard or Perfetto.
 
 python -m medsynth_jax.bench --config=configs/cldm.py --change=config.dtype=bfloat16
 
@@ -31,7 +31,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from medsynth_jax import builtin, checkpoint, cli, measuring, pods, train
-from medsynth_jax import config as configs
 from medsynth_jax import run as runs
 from medsynth_jax.contract import State, served
 from medsynth_jax.data.dataset import Store
@@ -58,25 +57,23 @@ ROWS = (
 
 
 def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = None,
-            changes: Sequence[str] = ()) -> dict[str, Any]:
+            changes: Sequence[str] = (), only: Sequence[str] = ()) -> dict[str, Any]:
   """{machine, stages: {name: what `measuring.stage` tells}, notes} of a config on a data set.
 
-  A stage without one fold is a copy of its coarse stage and is not measured again. With `changes`
-  ("config.field=value") a stage also has "change": what `measuring.alternated` tells.
+  Of all stages or of those in `only`; a stage without one fold is as its coarse stage. With
+  `changes` ("config.field=value") a stage also has "change": what `measuring.alternated` tells.
   """
   store = Store(data)
   run = runs.build(config, store.info, data / "no run")
   other = _other(run, changes) if changes else None
-  made: dict[str, State] = {}
   found = {"machine": measuring.machine(), "stages": {}}
-  for name, section in run.sections.items():
-    if name not in run.config.get("stages", (name,)):
-      made[name] = made[_coarse(run, name)]
-      continue
-    told, made[name] = measuring.stage(run, store, name, made, steps, trace and trace / name)
-    found["stages"][name] = {"needs": list(run.needs(name)), "method": section.method, **told}
+  for name in runs.chosen(run, only):
+    frozen = _untrained(run, name)
+    told = measuring.stage(run, store, name, frozen, steps, trace and trace / name)
+    found["stages"][name] = {"needs": list(run.needs(name)), "method": run.sections[name].method,
+                             **told}
     if other:
-      both = [(run, made), (other, _untrained(other, name))]
+      both = [(run, frozen), (other, _untrained(other, name))]
       found["stages"][name]["change"] = measuring.alternated(both, store, name, steps)
   return found | {"changes": list(changes), "notes": notes(found)}
 
@@ -101,11 +98,6 @@ def _untrained(run: runs.Run, name: str) -> dict[str, State]:
       state = train.new_state(run, need, frozen, {})
     made[need] = served(state, run.methods[need].keeps).replace(frozen={})
   return made
-
-
-def _coarse(run: runs.Run, fold: str) -> str:
-  """The stage that a stage without one fold is a copy of."""
-  return next(s.coarse for s in run.sections.values() if fold in configs.folds(s))
 
 
 def notes(found: dict[str, Any]) -> list[str]:
@@ -157,7 +149,7 @@ def _change_table(found: dict[str, Any]) -> list[str]:
 
 
 def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Path | None = None,
-           trace: Path | None = None, changes: Sequence[str] = ()) -> str:
+           trace: Path | None = None, changes: Sequence[str] = (), only: Sequence[str] = ()) -> str:
   """Measures a config, writes `out` (JSON), and returns the table.
 
   Args:
@@ -172,16 +164,17 @@ def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Pat
   with tempfile.TemporaryDirectory(prefix="medsynth_bench_") as folder:
     runs.check(config, Path(folder) / "run")
     data = Path(config.data.dir or builtin.make(config, workdir or Path(folder)))
-    found = measure(config, data, steps, trace, changes)
+    found = measure(config, data, steps, trace, changes, only)
   if out:
     checkpoint.write_text(out, json.dumps({"command": sys.argv[1:], **found}, indent=1) + "\n")
   return table(found)
 
 
-def report_pod(config: ConfigDict, topology: str, out: Path | None = None) -> None:
+def report_pod(config: ConfigDict, topology: str, out: Path | None = None,
+               only: Sequence[str] = ()) -> None:
   """Prints what `pods.describe` tells of a topology, as it comes, and writes it to `out` (JSON)."""
   _check_out(out)
-  found = pods.describe(config, topology, lambda line: print(line, flush=True))
+  found = pods.describe(config, topology, lambda line: print(line, flush=True), only)
   print(pods.note(found))
   if out:
     checkpoint.write_text(out, json.dumps({"command": sys.argv[1:], **found}, indent=1) + "\n")
@@ -202,10 +195,10 @@ def main(argv: list[str]) -> None:
     if TRACE.value or WORKDIR.value or CHANGE.value:
       raise UserError("--topology runs nothing and needs no data: leave --trace, --change and"
                       " --workdir out")
-    report_pod(config, TOPOLOGY.value, OUT.value and Path(OUT.value))
+    report_pod(config, TOPOLOGY.value, OUT.value and Path(OUT.value), STAGE.value)
     return
   paths = (flag.value and Path(flag.value) for flag in (WORKDIR, OUT, TRACE))
-  print(report(config, STEPS.value, *paths, CHANGE.value))
+  print(report(config, STEPS.value, *paths, CHANGE.value, STAGE.value))
 
 
 if __name__ == "__main__":
@@ -213,6 +206,8 @@ if __name__ == "__main__":
   WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for the built-in data, kept; default: a temporary one.")
   STEPS = flags.DEFINE_integer("steps", 20, "Training steps that are timed, of each stage.")
+  STAGE = flags.DEFINE_multi_string(
+    "stage", [], "A stage of the config; again for more. Default: all.")
   OUT = flags.DEFINE_string("out", None, "JSON file to write.")
   TRACE = flags.DEFINE_string("trace", None, "Folder for a profiler trace of each stage.")
   CHANGE = flags.DEFINE_multi_string(

@@ -69,11 +69,11 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def stage(run: Run, store: Store, name: str, frozen: dict[str, State], steps: int,
-          trace: Path | None = None) -> tuple[dict[str, Any], State]:
-  """(what is measured of a stage, its served state after these steps).
+          trace: Path | None = None) -> dict[str, Any]:
+  """What is measured of a stage.
 
   Args:
-    frozen: the served states of the stages that it needs, among others.
+    frozen: the served states of the stages that it needs.
     steps: training steps that are timed, beside those that warm up.
     trace: a folder for a profiler trace of some more steps.
 
@@ -88,7 +88,7 @@ def stage(run: Run, store: Store, name: str, frozen: dict[str, State], steps: in
     some = [next(batches) for _ in range(2)]
     fed = _pipeline_rate(batches, section.batch_size)
     batches.close()
-    state = train.new_state(run, name, {need: frozen[need] for need in run.needs(name)}, {})
+    state = train.new_state(run, name, frozen, {})
     state, seconds = _steps(compiled, state, some, steps, trace)
   rate = section.batch_size / seconds
   flops = (compiled.cost_analysis() or {}).get("flops")
@@ -103,10 +103,9 @@ def stage(run: Run, store: Store, name: str, frozen: dict[str, State], steps: in
     "state_bytes": sharding.bytes_of(shape),
     "step_bytes": None if working is None else
                   working + sharding.bytes_of((shape, [batch_shape] * len(some)))}
-  state = served(state, method.keeps)
   if method.synthesize:
-    found |= _synthesis(run, store, name, state)
-  return found | {"peak_bytes": _peak_bytes()}, state.replace(frozen={})
+    found |= _synthesis(run, store, name, served(state, method.keeps))
+  return found | {"peak_bytes": _peak_bytes()}
 
 
 def _pipeline_rate(batches, size: int) -> float:
@@ -147,7 +146,7 @@ def alternated(both: Sequence[tuple[Run, dict[str, State]]], store: Store, name:
   """{seconds an image, working bytes} of a stage's step of two runs, which take turns.
 
   Args:
-    both: each run with the served states of the stages that it needs, among others.
+    both: each run with the served states of the stages that this one needs.
     steps: training steps that are timed, of each.
 
   Raises:
@@ -160,7 +159,7 @@ def alternated(both: Sequence[tuple[Run, dict[str, State]]], store: Store, name:
       batches = train.training_batches(run, store, name, list(run.methods).index(name))
       some = [next(batches) for _ in range(2)]
       batches.close()
-      state = train.new_state(run, name, {need: frozen[need] for need in run.needs(name)}, {})
+      state = train.new_state(run, name, frozen, {})
     ready.append([compiled, _window(compiled, state, some, 2)[0], some, []])
     found.append({"working_bytes": sharding.working_memory(compiled)})
   for _ in range(WINDOWS):

@@ -25,7 +25,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,18 +83,19 @@ def devices(topology: str) -> list[jax.Device]:
   return found
 
 
-def describe(config: ConfigDict, topology: str,
-             tell: Callable[[str], None] = print) -> dict[str, Any]:
-  """What the compiler says of all stages of a config on a pod; see the module.
+def describe(config: ConfigDict, topology: str, tell: Callable[[str], None] = print,
+             only: Sequence[str] = ()) -> dict[str, Any]:
+  """What the compiler says of a config's stages on a pod, all or those in `only`; see the module.
 
-  Folds are left out: each is as its coarse stage. Without `data.dir` the shapes are those of the
+  Without `data.dir` the shapes are those of the
   built-in simulated data, which are not made.
 
   Args:
     tell: is given a line of the table as each program is done.
 
   Raises:
-    UserError: as `devices`; a batch that does not divide; what `run.check_fields` and `build` do.
+    UserError: as `devices`; a batch that does not divide; what `run.check_fields`, `build` and
+      `chosen` do.
   """
   jax.config.update("jax_platforms", "cpu")  # else libtpu looks for a TPU here
   jax.config.update("jax_enable_compilation_cache", False)  # it cannot read a pod's code back
@@ -105,8 +106,7 @@ def describe(config: ConfigDict, topology: str,
   info = load_info(config.data.dir) if config.data.dir else builtin.outline(config)
   run, programs = runs.build(config, info, Path(), mesh), []
   tell(HEADER)
-  folds = {fold for section in run.sections.values() for fold in configs.folds(section)}
-  for stage in [s for s in run.methods if s not in folds]:
+  for stage in runs.chosen(run, only):
     batch = train.batch_shapes(run, stage)
     waiting = config.data.prefetch * sharding.bytes_of(batch)
     jobs = [("step", run.sections[stage].batch_size, waiting,

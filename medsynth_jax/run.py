@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,20 @@ def _leaves(nets) -> dict[str, tuple[int, ...]]:
   """{path: shape} of all parameters."""
   return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
           for path, x in jax.tree_util.tree_leaves_with_path(nets)}
+
+
+def chosen(run: Run, only: Sequence[str] = ()) -> list[str]:
+  """The run's stages, or those in `only`; without folds, each of which is as its coarse stage.
+
+  Raises:
+    UserError: `only` has a name that is no such stage.
+  """
+  folds = {fold for section in run.sections.values() for fold in configs.folds(section)}
+  stages = [stage for stage in run.methods if stage not in folds]
+  for name in only:
+    if name not in stages:
+      raise UserError(f"--stage={name}: no such stage; choose from {', '.join(stages)}")
+  return [stage for stage in stages if not only or stage in only]
 
 
 def check(config: ConfigDict, folder: Path) -> None:

@@ -118,17 +118,23 @@ def test_peaks_of_chips(kind, flops):
   assert (measuring.peak(kind) or (None,))[0] == flops
 
 
-def test_stages_without_a_fold_are_copies(toy_data, monkeypatch):
-  """They are not measured again; the stage that needs them gets the coarse stage's state."""
+@pytest.mark.parametrize("only, stages", [
+  ([], ["pix2pix", "ddpm", "unet"]), (["unet", "ddpm"], ["ddpm", "unet"])])
+def test_the_stages_that_are_measured(only, stages, toy_data, monkeypatch):
+  """Not those without one fold, each of which is as its coarse stage."""
   seen = {}
   def stage(run, store, name, frozen, steps, trace):
-    seen[name] = {need: frozen[need] for need in run.needs(name)}
-    return {"data_over_step": 9.0}, f"state of {name}"
+    seen[name] = set(frozen)
+    return {"data_over_step": 9.0}
   monkeypatch.setattr(measuring, "stage", stage)
-  bench.measure(toy_config("pix2pix_ddpm", toy_data), toy_data, 1)
-  assert list(seen) == ["pix2pix", "ddpm", "unet"]
-  assert set(seen["ddpm"]) == {"pix2pix", "fold_0", "fold_1"}
-  assert set(seen["ddpm"].values()) == {"state of pix2pix"}
+  bench.measure(toy_config("pix2pix_ddpm", toy_data), toy_data, 1, only=only)
+  assert list(seen) == stages and seen["ddpm"] == {"pix2pix", "fold_0", "fold_1"}
+
+
+@pytest.mark.parametrize("name", ["fold_0", "absent"])
+def test_a_stage_that_is_not_there_is_refused(name, toy_data):
+  with pytest.raises(UserError, match=f"--stage={name}: .*choose from pix2pix, ddpm, unet"):
+    bench.measure(toy_config("pix2pix_ddpm", toy_data), toy_data, 1, only=[name])
 
 
 def test_a_long_volume_is_worked_out_from_a_batch(toy_data, monkeypatch, tmp_path):

@@ -224,15 +224,16 @@ def echo_run(three, monkeypatch, *changes):
   """(method, its state, a batch): coarse images of 0.1, 0.2 in folds 0, 1 and 0.3 outside."""
   config = config_for("pix2pix_ddpm", three, ("ddpm.diffusion.prediction", "x0"), *changes)
   here = run.build(config, load_info(three), "nowhere")
+  def synthesize(state, batch, key):
+    return jnp.full_like(batch["source"], state.nets["level"])
   shown = {"fold_0": 0.1, "fold_1": 0.2, "pix2pix": 0.3}
-  make = lambda level: lambda state, batch, key: jnp.full_like(batch["source"], level)  # noqa: E731
-  methods = {n: here.methods[n]._replace(synthesize=make(x)) for n, x in shown.items()
-             if n in here.methods}
+  methods = {n: here.methods[n]._replace(synthesize=synthesize) for n in shown if n in here.methods}
   monkeypatch.setattr(ddpm.registry, "make", lambda fields, dtype: Echo())
   method = ddpm.build(config, "ddpm", here.info, methods)
+  example = example_batch(here.task, here.info)
   frozen = {n: create(here.methods[n]._replace(init=lambda k, b: {}, txs={}), jax.random.key(0),
-                      example_batch(here.task, here.info), {}) for n in methods}
-  state = create(method, jax.random.key(0), example_batch(here.task, here.info), frozen)
+                      example, {}).replace(nets={"level": jnp.array(shown[n])}) for n in methods}
+  state = create(method, jax.random.key(0), example, frozen)
   batch = batch_of(here)
   batch["target"][:] = 0.5
   return method, state, batch

@@ -45,9 +45,13 @@ def build(config, stage, info, methods) -> Method:
 
   def training_coarse(state, batch, key):
     """Each example's coarse image, by the generator that was trained without its fold."""
-    made = [image_of(name, state, batch, key) for name in folds(section)]
-    if not made:
+    names = folds(section)
+    if not names:
       return image_of(section.coarse, state, batch, key)
+    # all have one shape; a loop compiles their network once, not once a fold
+    nets = jax.tree.map(lambda *each: jnp.stack(each), *(state.frozen[n].nets for n in names))
+    made = jax.lax.map(lambda one: methods[names[0]].synthesize(
+      earlier(state, names[0]).replace(nets=one), batch, key), nets)
     fold = batch["fold"].reshape((-1,) + (1,) * (made[0].ndim - 1))
     return sum(jnp.where(fold == i, image, 0.0) for i, image in enumerate(made))
 
