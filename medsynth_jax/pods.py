@@ -120,6 +120,7 @@ def describe(config: ConfigDict, topology: str, tell: Callable[[str], None] = pr
       tell(row(told))
   return {"topology": topology, "chip": found[0].device_kind, "devices": mesh.size,
           "hosts": len({d.process_index for d in found}), "fsdp": config.mesh.fsdp,
+          "idle": sharding.idle(mesh, config.synthesis.batch_size),
           "utilisation": UTILISATION, **{f"chip_{k}": v for k, v in chip._asdict().items()},
           "jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"),
           "programs": programs}
@@ -189,9 +190,10 @@ def row(told: Mapping[str, Any]) -> str:
 
 def note(found: Mapping[str, Any]) -> str:
   """What the rows of `describe` are of."""
+  idle = f"\nsynthesis: {found['idle']}" if found["idle"] else ""
   return (f"{found['devices']} x {found['chip']} on {found['hosts']} hosts,"
           f" {found['chip_memory'] / 2**30:.2f} GiB each (!: does not fit); memory, TFLOPs and sent"
-          " MB are a device's; efficiency is estimated, see medsynth_jax/pods.py")
+          f" MB are a device's; efficiency is estimated, see medsynth_jax/pods.py{idle}")
 
 
 def _line(error: Exception) -> str:

@@ -144,6 +144,8 @@ class Run:
     settings = self.config.synthesis
     made = stage, settings.batch_size, settings.mirror
     if made not in self._predictors:
+      if idle := sharding.idle(self.mesh, settings.batch_size):
+        print(f"{stage}: synthesis: {idle}", flush=True)
       compiled, seconds = serving.compile_ahead(f"{stage}: synthesis",
                                                 lambda: self.lower_synthesis(stage))
       self._predictors[made] = compiled, self.served_shapes(stage)

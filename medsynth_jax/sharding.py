@@ -93,9 +93,10 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def put_same(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A batch that every process holds whole: split over the devices of one process if it divides."""
-  size = len(next(iter(batch.values())))
-  return jax.device_put(batch, _same(mesh, size))
+  """A batch that every process holds whole, split over all devices if it divides."""
+  sharding = _same(mesh, len(next(iter(batch.values()))))
+  return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__)
+          for k, v in batch.items()}
 
 
 def same_shapes(mesh: Mesh, example: dict[str, np.ndarray], size: int) -> dict[str, Any]:
@@ -104,10 +105,16 @@ def same_shapes(mesh: Mesh, example: dict[str, np.ndarray], size: int) -> dict[s
           for k, v in example.items()}
 
 
+def idle(mesh: Mesh, size: int) -> str:
+  """What process 0 says where `put_same` cannot split a batch of synthesis, else nothing."""
+  if not size % mesh.size or not is_first():
+    return ""
+  return (f"each of the {mesh.size} devices makes all images, since a batch of {size} does not"
+          f" divide over them; set config.synthesis.batch_size to a multiple of {mesh.size}")
+
+
 def _same(mesh: Mesh, size: int) -> NamedSharding:
-  processes = {device.process_index for device in mesh.devices.flat}
-  spec = BATCH if len(processes) == 1 and size % mesh.size == 0 else PartitionSpec()
-  return NamedSharding(mesh, spec)
+  return NamedSharding(mesh, PartitionSpec() if size % mesh.size else BATCH)
 
 
 # --- memory ----------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Several devices and several processes give the run of one."""
 
+import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,9 +20,9 @@ from test_diffusion_methods import filled
 from test_train import command, get_config, toy_config, trained
 
 from medsynth_jax import config as configs
-from medsynth_jax import processes, run, sharding, train
+from medsynth_jax import evaluate, processes, run, sharding, train
 from medsynth_jax.contract import served
-from medsynth_jax.data.dataset import load_info
+from medsynth_jax.data.dataset import Store, load_info
 from medsynth_jax.data.pipeline import example_batch
 from medsynth_jax.errors import UserError
 from medsynth_jax.methods import METHODS
@@ -132,9 +134,14 @@ def counted(arrays):
           if ".params" not in jax.tree_util.keystr(path)]
 
 
-def differences(data, stages, meshes):
-  """{stage: {mesh: `apart`}} of one device, as a process with eight of them finds it."""
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+def differences(data, stages, meshes, level=0):
+  """{stage: {mesh: `apart`}} of one device, as a process with eight of them finds it.
+
+  `level`: of LLVM's optimisations. At 0 XLA:CPU (jax 0.10.2) computes a strided convolution's
+  gradient wrongly for some shapes of one example: 6 % off in spine_ct2mr on eight devices; at 1, 2
+  and 3 it does not.
+  """
+  flags = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level={level}"
   done = subprocess.run([sys.executable, "-c", STEPS, json.dumps([str(data), stages, meshes])],
                         cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True,
                         text=True)
@@ -172,7 +179,7 @@ def all_stages():
 @pytest.mark.parametrize("name, stage, fields", all_stages(), ids=lambda x: str(x))
 def test_every_stage_on_every_mesh_equals_one_device(name, stage, fields, three):
   meshes = [(8, 1), (1, 8), (4, 2), (2, 4)]
-  assert_equal(differences(three, [(name, stage, fields)], meshes), meshes)
+  assert_equal(differences(three, [(name, stage, fields)], meshes, level=1), meshes)
 
 
 # --- whole runs ------------------------------------------------------------------------------
@@ -248,7 +255,19 @@ def test_two_processes_equal_one(folders, three, tmp_path):
   address = f"localhost:{free_port()}"
   finish(*(start(three, tmp_path, 2, 1, address, str(rank)) for rank in range(2)))
   close(losses(tmp_path), losses(folders[1, 1]))
-  assert (tmp_path / "pix2pix" / "evaluation" / "summary.json").exists()
+  scores = tmp_path / "pix2pix" / "evaluation" / "per_subject.csv"
+  made_by_both = cells(scores)  # each batch of synthesis was split over both
+  scores.unlink()
+  evaluate.evaluate(run.open_run(tmp_path / "pix2pix"), Store(three))
+  assert cells(scores) == [one if isinstance(one, str) else pytest.approx(one, rel=1e-3)
+                           for one in made_by_both]
+
+
+def cells(path):
+  """All cells of a table, numbers as such."""
+  def value(text):
+    return text if re.search("[a-df-z]", text) or not text else float(text)
+  return [value(x) for row in csv.reader(path.open()) for x in row]
 
 
 def opened(folder, name="pix2pix"):
