@@ -48,10 +48,10 @@ def build(config, stage, info, methods) -> Method:
     names = folds(section)
     if not names:
       return image_of(section.coarse, state, batch, key)
-    # all have one shape; a loop compiles their network once, not once a fold
-    nets = jax.tree.map(lambda *each: jnp.stack(each), *(state.frozen[n].nets for n in names))
-    made = jax.lax.map(lambda one: methods[names[0]].synthesize(
-      earlier(state, names[0]).replace(nets=one), batch, key), nets)
+    def one(i):
+      nets = jax.lax.switch(i, [lambda name=name: state.frozen[name].nets for name in names])
+      return methods[names[0]].synthesize(earlier(state, names[0]).replace(nets=nets), batch, key)
+    made = jax.lax.map(one, jnp.arange(len(names)))  # compiles one network, not one a fold
     fold = batch["fold"].reshape((-1,) + (1,) * (made[0].ndim - 1))
     return sum(jnp.where(fold == i, image, 0.0) for i, image in enumerate(made))
 
