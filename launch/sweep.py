@@ -30,6 +30,7 @@ curve.png the scores against the first grid field.
 
 import argparse
 import contextlib
+import fcntl
 import getpass
 import os
 import shlex
@@ -39,6 +40,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from launch import sweep_results
 from launch.trials import Trial, make_data, plan, read_grid
@@ -65,15 +67,15 @@ def run_here(trials: Sequence[Trial], backend: str, jobs: int) -> tuple[dict[str
   One that was interrupted, or a signal to the sweep, stops all: the others are asked to save.
   """
   waiting, running, codes, told = list(trials), {}, {}, False
-  with _stop_signals() as stop:
+  with _stop_signals() as stop, _alone(trials) as lock:
     while running or (waiting and not stop):
       while waiting and len(running) < jobs and not stop:
         trial = waiting.pop(0)
-        running[trial] = _start(trial, trial.command(backend)), time.perf_counter()
+        running[trial] = _start(trial, trial.command(backend), lock), time.perf_counter()
       for trial, (process, then) in list(running.items()):
         if process.poll() is not None:
           del running[trial]
-          codes[trial.run] = INTERRUPTED if stop and process.returncode else process.returncode
+          codes[trial.run] = INTERRUPTED if stop and process.returncode else _code(trial, process)
           print(f"  {trial.run}: {_ending(codes[trial.run])} after"
                 f" {(time.perf_counter() - then) / 60:.1f} min"
                 f" ({len(codes)} of {len(trials)})", flush=True)
@@ -87,13 +89,45 @@ def run_here(trials: Sequence[Trial], backend: str, jobs: int) -> tuple[dict[str
     return codes, bool(stop)
 
 
-def _start(trial: Trial, line: Sequence[str]) -> subprocess.Popen:
+@contextlib.contextmanager
+def _alone(trials: Sequence[Trial]) -> Iterator[IO | None]:
+  """A lock on the sweep's folder, which its trials hold too: they may outlive the sweep.
+
+  Raises:
+    UserError: another sweep has it, or a trial that one has left behind.
+  """
+  if not trials:
+    yield None
+    return
+  with open(trials[0].log.parent / "lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"{trials[0].folder.parent}: another sweep, or a trial that one has left"
+                      " behind, is at work there; wait for it or end it") from None
+    except OSError:
+      pass  # a disk that knows no locks
+    yield file
+
+
+def _code(trial: Trial, process: subprocess.Popen) -> int:
+  """The exit status of a trial that has ended; 1 where it says done and has left no scores."""
+  if process.returncode or trial.finished:
+    return process.returncode
+  with open(trial.log, "a") as file:
+    file.write(f"\nerror: no scores in {trial.folder}; is it on a disk that the machine which"
+               " trained shares with this one?\n")
+  return 1
+
+
+def _start(trial: Trial, line: Sequence[str], lock: IO) -> subprocess.Popen:
   """Starts a trial whose output goes to its log, out of the reach of the terminal's Ctrl-C."""
   show(line)
   started = [sys.executable, *line[1:]] if line[0] == "python" else line
   with open(trial.log, "a") as file:
     return subprocess.Popen(started, stdout=file, stderr=subprocess.STDOUT,
-                            stdin=subprocess.DEVNULL, start_new_session=True)
+                            stdin=subprocess.DEVNULL, start_new_session=True,
+                            pass_fds=[lock.fileno()])
 
 
 def _ending(code: int) -> str:
@@ -191,7 +225,9 @@ def main(argv: Sequence[str]) -> int:
   names, grid = configs.names(asked.config), read_grid(asked.grid)
   if not names:
     raise UserError("--config is empty; give configs/NAME.py, several with commas between them")
-  trials = plan(names, grid, asked.seeds, fields, asked.out)
+  # a pod's workers have another current folder
+  out = asked.out.absolute() if asked.backend == "tpu" else asked.out
+  trials = plan(names, grid, asked.seeds, fields, out)
   left = [t for t in trials if not t.finished]
   print(f"{len(trials)} trials, {len(trials) - len(left)} finished", flush=True)
   if asked.dry_run:

@@ -40,7 +40,7 @@ if [[ -n ${TPU_PROJECT:-} ]]; then
 fi
 folder=${TPU_FOLDER:-medsynth_jax}
 python=${TPU_PYTHON:-python3}
-note="$folder/.process_of_the_run"
+note=.process_of_the_run
 
 run() {  # prints a command, then runs it
   printf '$'
@@ -68,8 +68,8 @@ fi
 
 # Ctrl-C does not reach gcloud in the background; the workers are asked by their process's number
 stopped=""
-trap 'stopped=yes; on_workers "kill -TERM \$(cat ~/$note)"' TERM INT
-on_workers "cd $folder && echo \$\$ > ~/$note && exec $python -m medsynth_jax.main\
+trap 'stopped=yes; on_workers "cd $folder && kill -TERM \$(cat $note)"' TERM INT
+on_workers "cd $folder && echo \$\$ > $note && exec $python -m medsynth_jax.main\
 $(printf ' %q' "${flags[@]}") --coordinator=auto" &
 child=$!
 while kill -0 "$child" 2> /dev/null; do

@@ -56,6 +56,10 @@ ROWS = (
 )
 
 
+# of what --change does not measure
+UNSEEN = ("config.data.dir", "config.data.simulated.", "config.synthesis.", "config.evaluation.")
+
+
 def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = None,
             changes: Sequence[str] = (), only: Sequence[str] = ()) -> dict[str, Any]:
   """{machine, stages: {name: what `measuring.stage` tells}, notes} of a config on a data set.
@@ -79,7 +83,11 @@ def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = Non
 
 
 def _other(run: runs.Run, changes: Sequence[str]) -> runs.Run:
-  """The run of the changed config; a UserError where its stages are others."""
+  """The run of the changed config; a UserError where its stages or its data are others."""
+  for change in changes:
+    if change.removeprefix("--").startswith(UNSEEN):
+      raise UserError(f"--change={change}: only the training steps are compared, on the data of the"
+                      " config as it is; measure the other config by a call of its own")
   config = cli.changed(run.config, changes)
   runs.check_fields(config, run.mesh)
   other = runs.build(config, run.info, run.folder)

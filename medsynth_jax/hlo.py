@@ -81,7 +81,7 @@ def _rounds(bodies: Mapping[str, Body], condition: str, body: str) -> int:
   counter, limit = operands(rest)[:2] if operation == "compare" else ("", "")
   place = re.search(r"index=(\d+)", bodies[condition].get(counter, ("", "", ""))[2])
   end = constant(condition, limit)
-  if end is None or not place:
+  if not end or not place or "direction=LT" not in rest:
     return 1
   *_, (_, _, results) = bodies[body].values()
   step = bodies[body].get(operands(results)[int(place[1])], ("", "", ""))

@@ -30,17 +30,11 @@ LOST_AFTER = flags.DEFINE_integer(
 EVALUATE = flags.DEFINE_bool("evaluate", True, "Evaluate on the test subjects after training.")
 
 
-def join_processes() -> None:
-  """Joins the other processes of the run, if there are any; before any use of a device."""
-  if COORDINATOR.value:
-    processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, LOST_AFTER.value)
-
-
 def main(argv: list[str]) -> int | None:
   del argv
   if CONFIG.value is None or WORKDIR.value is None:
     raise UserError("give --config=configs/NAME.py and --workdir=RUN")
-  join_processes()
+  processes.join(COORDINATOR.value or "", PROCESSES.value, PROCESS.value, LOST_AFTER.value)
   cli.quiet(sharding.is_first())
   workdir, config = Path(WORKDIR.value), CONFIG.value
   run.check(config, workdir)

@@ -26,8 +26,9 @@ from medsynth_jax.run import Run
 
 # what jax calls a device, the chip's dense bfloat16 FLOP/s, and where that stands
 PEAKS = (
-  (r"H200", 989.4e12, "NVIDIA H200 datasheet, half of the figure with sparsity"),
+  (r"\bH200", 989.4e12, "NVIDIA H200 datasheet, half of the figure with sparsity"),
   (r"H100.*PCIe", 756e12, "NVIDIA H100 datasheet (PCIe), half of the figure with sparsity"),
+  (r"H100 NVL", 835.5e12, "NVIDIA H100 NVL datasheet, half of the figure with sparsity"),
   (r"H100", 989.4e12, "NVIDIA H100 datasheet (SXM), half of the figure with sparsity"),
   (r"A100", 312e12, "NVIDIA A100 datasheet"),
   (r"\bL4\b", 121e12, "NVIDIA L4 datasheet, half of the figure with sparsity"),

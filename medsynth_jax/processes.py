@@ -1,6 +1,7 @@
 """The processes of one run: how they meet, and how the end of one is told to the others."""
 
 import atexit
+import contextlib
 import faulthandler
 import os
 import subprocess
@@ -17,18 +18,20 @@ SIGNS = ("gloo", "nccl", "coordination", "heartbeat", "unavailable", "deadline_e
 AGAIN = "the same command continues from the last checkpoint"
 # JAX aborts a process when another has been silent for too long, with many lines of its own and
 # past any `except`: a shell that then finds its input closed has the last word.
-LAST_WORD = 'read -r _ || { echo "error: $0" >&2; exit; }; read -r _ || echo "error: $1" >&2'
+LAST_WORD = ('trap "" TERM INT; read -r _ || { echo "error: $0" >&2; exit; };'
+             ' read -r _ || echo "error: $1" >&2')
 
 
 _shell: subprocess.Popen | None = None
 
 
 def join(coordinator: str, processes: int | None, process: int | None, lost_after: int) -> None:
-  """Joins the other processes of a run; before any use of a device.
+  """Joins the other processes of a run, if there are any; before any use of a device.
 
   Args:
     coordinator: host:port of process 0, or "auto": by the variables of SLURM, Cloud TPU and what
-      else JAX knows.
+      else JAX knows; "": this is the only process.
+    processes, process: how many there are and which one this is, with host:port only.
     lost_after: seconds without a sign of life after which a process counts as dead; then the others
       end too.
 
@@ -36,6 +39,11 @@ def join(coordinator: str, processes: int | None, process: int | None, lost_afte
     UserError: no such variables, numbers that do not fit.
   """
   global _shell
+  if coordinator in ("", "auto") and (processes, process) != (None, None):
+    raise UserError("--processes and --process need the address of process 0, the same for all:"
+                    " --coordinator=HOST:PORT ('auto' finds the numbers by itself)")
+  if not coordinator:
+    return
   given, where = (), f"--coordinator={coordinator}"
   if coordinator != "auto":
     given = _given(where, coordinator, processes, process)
@@ -72,8 +80,9 @@ def _given(where: str, coordinator: str, processes: int | None, process: int | N
 
 def _tell(lines: int) -> None:
   """One line tells the shell that joining is over, one more that this process ends by itself."""
-  _shell.stdin.write(b"\n" * lines)
-  _shell.stdin.flush()
+  with contextlib.suppress(BrokenPipeError):  # something has killed the shell
+    _shell.stdin.write(b"\n" * lines)
+    _shell.stdin.flush()
 
 
 def _end() -> None:

@@ -73,6 +73,8 @@ def test_runs_that_are_compared_take_turns(toy_data, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
   ("config.first.width=3", "unknown config field"), ("config.first.steps=much", "steps=much"),
+  ("config.data.dir=OTHER", "by a call of its own"),
+  ("config.synthesis.batch_size=9", "only the training steps"),
   ("config.conv_cure=fast", "choose 'auto', 'on' or 'off'"),
   ("config.stages=('first',)", "would become first; compare configs of the same stages")])
 def test_a_wrong_change_is_refused(change, message, toy_data, monkeypatch):
@@ -110,7 +112,8 @@ def test_steps_are_waited_for_once_a_window(monkeypatch):
 
 
 @pytest.mark.parametrize("kind, flops", [
-  ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12),
+  ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 NVL", 835.5e12),
+  ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12), ("NVIDIA GH200 480GB", None),
   ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("Tesla T4", 65e12),
   ("NVIDIA GeForce RTX 4090", 165.2e12), ("TPU v4", 275e12), ("TPU v5 lite", 197e12),
   ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA L40S", None), ("TPU v7", None)])

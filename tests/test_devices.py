@@ -370,11 +370,17 @@ def test_the_others_of_a_dead_or_silent_process_end(number, end, toy_data, tmp_p
 
 
 @pytest.mark.parametrize("coordinator, numbers, message", [
+  ("", (2, None), "need the address of process 0"), ("auto", (2, 0), "--coordinator=HOST:PORT"),
   ("here", (2, 0), "give host:port"), ("here:1", (None, 0), "--processes=N"),
   ("here:1", (2, None), "--process, from 0"), ("here:1", (2, 2), "from 0 to N-1")])
 def test_what_does_not_fit_is_told_before_joining(coordinator, numbers, message):
   with pytest.raises(UserError, match=message):
     processes.join(coordinator, *numbers, 10)
+
+
+def test_alone_without_a_coordinator():
+  processes.join("", None, None, 10)
+  assert not jax.distributed.is_initialized()
 
 
 def test_without_a_cluster_auto_is_one_line():

@@ -154,16 +154,32 @@ def test_a_slurm_job_that_ends_by_itself_is_not_queued_again(programs, status):
   assert programs.calls == [["python", "-m", "medsynth_jax.main", *FLAGS]]
 
 
-@pytest.mark.parametrize("tasks, program", [("1", "python"), ("8", "srun")])
-def test_a_slurm_job_that_is_asked_saves_and_is_queued_again(programs, tasks, program):
-  programs.say(program, "wait")
-  started = programs.start("slurm.sbatch", *FLAGS, SLURM_JOB_ID="7", SLURM_NTASKS=tasks)
+def test_a_slurm_job_that_is_asked_saves_and_is_queued_again(programs):
+  programs.say("python", "wait")
+  started = programs.start("slurm.sbatch", *FLAGS, SLURM_JOB_ID="7", SLURM_NTASKS="1")
   assert programs.stopped(started)[0] == 0
-  main, requeue = programs.calls
-  command = ["python", "-m", "medsynth_jax.main", *FLAGS]
-  assert main == (command if tasks == "1" else ["srun", *command, "--coordinator=auto"])
-  assert requeue == ["scontrol", "requeue", "7"]
+  assert programs.calls == [["python", "-m", "medsynth_jax.main", *FLAGS],
+                            ["scontrol", "requeue", "7"]]
   assert (programs.folder / "saved").exists()
+
+
+def test_the_tasks_of_a_slurm_job_are_asked_not_srun(programs):
+  """srun kills its tasks where it gets SIGTERM; scancel hands the signal to all of them."""
+  d = programs.folder
+  (d / "srun").write_text(
+    f'#!/bin/bash\nprintf "%s\\t" srun "$@" >> "{d}/calls"; echo >> "{d}/calls"\n'
+    f'trap "exit 137" TERM\ntouch "{d}/ready"\n'
+    f'while [ ! -e "{d}/asked" ]; do sleep 0.05; done\necho saved > "{d}/saved"\nexit 130\n')
+  (d / "scancel").write_text(
+    f'#!/bin/bash\nprintf "%s\\t" scancel "$@" >> "{d}/calls"; echo >> "{d}/calls"\n'
+    f'touch "{d}/asked"\n')
+  (d / "scancel").chmod(0o755)
+  started = programs.start("slurm.sbatch", *FLAGS, SLURM_JOB_ID="7", SLURM_NTASKS="8")
+  assert programs.stopped(started)[0] == 0
+  assert programs.calls == [
+    ["srun", "python", "-m", "medsynth_jax.main", *FLAGS, "--coordinator=auto"],
+    ["scancel", "--signal=TERM", "7"], ["scontrol", "requeue", "7"]]
+  assert (d / "saved").exists()
 
 
 @pytest.mark.parametrize("saved, status, again", [(143, 0, True), (0, 0, False), (2, 2, False)])
@@ -189,7 +205,7 @@ def test_a_cancelled_slurm_job_is_not_queued_again(programs):
 # --- TPU pod ---------------------------------------------------------------------------------
 
 POD = {"TPU_NAME": "pod", "TPU_ZONE": "zone-b"}
-REMOTE = ("cd medsynth_jax && echo $$ > ~/medsynth_jax/.process_of_the_run && exec python3 -m"
+REMOTE = ("cd medsynth_jax && echo $$ > .process_of_the_run && exec python3 -m"
           " medsynth_jax.main --config=configs/unet.py --workdir=a\\ run --coordinator=auto")
 
 
@@ -238,7 +254,7 @@ def test_pod_asks_its_workers_to_save(programs, number):
   status, _ = programs.stopped(programs.start("tpu_pod.sh", *FLAGS, **POD), number)
   assert status == 130
   assert [c[-1] for c in programs.calls] == [
-    f"--command={REMOTE}", "--command=kill -TERM $(cat ~/medsynth_jax/.process_of_the_run)"]
+    f"--command={REMOTE}", "--command=cd medsynth_jax && kill -TERM $(cat .process_of_the_run)"]
 
 
 @pytest.mark.parametrize("environment, flags, message", [

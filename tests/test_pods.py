@@ -93,6 +93,11 @@ def test_collectives_of_a_program():
   assert repeated == (1 + 3) / 2  # of two equal convolutions one runs three times
 
 
+def test_a_loop_that_does_not_count_up_to_a_number_counts_once():
+  moved, repeated = hlo.read(PROGRAM.replace("direction=LT", "direction=GT"))
+  assert moved["collective-permute"]["count"] == 1 and repeated == 1
+
+
 def test_a_program_of_one_device_moves_nothing():
   text = jax.jit(lambda x: x @ x).lower(np.zeros((4, 4), np.float32)).compile().as_text()
   assert hlo.read(text) == ({}, 1.0)

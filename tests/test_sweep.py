@@ -1,6 +1,7 @@
 """What a sweep plans, runs, refuses and reports; its trials are faked, but for one."""
 
 import csv
+import fcntl
 import json
 import subprocess
 import sys
@@ -220,6 +221,32 @@ def test_a_signal_reaches_the_running_trial(tmp_path):
 def test_jobs_run_at_once(tmp_path, fake):
   fake["together"] = 2  # each waits for the other
   assert run(tmp_path, "--seeds=2", "--jobs=2") == 0
+
+
+def test_two_sweeps_of_one_folder_are_not_at_work_at_once(tmp_path, fake):
+  """Nor a sweep and a trial that the last one has left behind."""
+  (tmp_path / "logs").mkdir()
+  with open(tmp_path / "logs" / "lock", "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    left = subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()])
+  with pytest.raises(UserError, match="another sweep, or a trial"):
+    run(tmp_path)
+  left.kill()
+  left.wait()
+  assert run(tmp_path) == 0
+
+
+def test_a_trial_without_scores_has_failed(tmp_path, fake, monkeypatch, capsys):
+  """As on a pod whose workers do not see the folder."""
+  monkeypatch.setattr(trials.Trial, "command", lambda self, backend: ["python", "-c", "pass"])
+  assert run(tmp_path) == 1
+  assert "no scores in" in capsys.readouterr().err
+
+
+def test_a_pod_gets_absolute_folders(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert run("s", "--backend=tpu", "--dry-run", config=f"{ROOT}/configs/unet.py:test") == 0
+  assert f"--workdir={tmp_path}/s/unet_test_seed=0" in capsys.readouterr().out
 
 
 # --- SLURM -----------------------------------------------------------------------------------
