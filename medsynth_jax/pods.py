@@ -87,8 +87,7 @@ def describe(config: ConfigDict, topology: str, tell: Callable[[str], None] = pr
              only: Sequence[str] = ()) -> dict[str, Any]:
   """What the compiler says of a config's stages on a pod, all or those in `only`; see the module.
 
-  Without `data.dir` the shapes are those of the
-  built-in simulated data, which are not made.
+  Without `data.dir` the shapes are those of the built-in simulated data, which are not made.
 
   Args:
     tell: is given a line of the table as each program is done.
