@@ -146,3 +146,17 @@ def t1(tiny_run, case):
 def three(tmp_path_factory):
   """A data set with modalities a, b, c in two folds."""
   return make_toy_data(tmp_path_factory.mktemp("three"), modalities=("a", "b", "c"))
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+  """A table of four simulated subjects' scans."""
+  from test_prepare import write_cases
+  return write_cases(tmp_path_factory.mktemp("scans"))
+
+
+@pytest.fixture(scope="session")
+def data(table):
+  """The data set that `prepare` makes of `table`."""
+  from test_prepare import config_for, prepare
+  return prepare(config_for(table, table.parent / "data"))

@@ -58,16 +58,6 @@ def config_for(table, out, /, **fields):
   return config
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-  return write_cases(tmp_path_factory.mktemp("scans"))
-
-
-@pytest.fixture(scope="module")
-def data(table):
-  return prepare(config_for(table, table.parent / "data"))
-
-
 def edited(table, folder, old, new):
   """A copy of the table with absolute paths and one thing changed."""
   lines = table.read_text().splitlines()

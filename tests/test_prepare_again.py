@@ -13,16 +13,6 @@ from medsynth_jax.errors import UserError
 from medsynth_jax.prepare import prepare
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-  return write_cases(tmp_path_factory.mktemp("scans"))
-
-
-@pytest.fixture(scope="module")
-def data(table):
-  return prepare(config_for(table, table.parent / "data"))
-
-
 def test_the_same_call_again_does_nothing(data, table, monkeypatch, capsys):
   before = {p: p.stat().st_mtime_ns for p in data.rglob("*")}
   monkeypatch.setattr(case_files, "make", None)
