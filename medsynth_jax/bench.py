@@ -30,7 +30,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from medsynth_jax import builtin, checkpoint, cli, measuring, pods, train
+from medsynth_jax import builtin, checkpoint, cli, measuring, pods, sharding, train
+from medsynth_jax import config as configs
 from medsynth_jax import run as runs
 from medsynth_jax.contract import State, served
 from medsynth_jax.data.dataset import Store
@@ -69,9 +70,9 @@ def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = Non
   """
   store = Store(data)
   run = runs.build(config, store.info, data / "no run")
-  other = _other(run, changes) if changes else None
+  other = runs.build(_changed(config, changes), store.info, run.folder) if changes else None
   found = {"machine": measuring.machine(), "stages": {}}
-  for name in runs.chosen(run, only):
+  for name in runs.chosen(config, only):
     frozen = _untrained(run, name)
     told = measuring.stage(run, store, name, frozen, steps, trace and trace / name)
     found["stages"][name] = {"needs": list(run.needs(name)), "method": run.sections[name].method,
@@ -82,18 +83,18 @@ def measure(config: ConfigDict, data: Path, steps: int, trace: Path | None = Non
   return found | {"changes": list(changes), "notes": notes(found)}
 
 
-def _other(run: runs.Run, changes: Sequence[str]) -> runs.Run:
-  """The run of the changed config; a UserError where its stages or its data are others."""
+def _changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
+  """The config with its changes; a UserError where its stages or its data are others."""
   for change in changes:
     if change.removeprefix("--").startswith(UNSEEN):
       raise UserError(f"--change={change}: only the training steps are compared, on the data of the"
                       " config as it is; measure the other config by a call of its own")
-  config = cli.changed(run.config, changes)
-  runs.check_fields(config, run.mesh)
-  other = runs.build(config, run.info, run.folder)
-  if list(other.methods) != list(run.methods):
-    raise UserError(f"--change: the stages {', '.join(run.methods)} would become"
-                    f" {', '.join(other.methods)}; compare configs of the same stages")
+  other = cli.changed(config, changes)
+  runs.check_fields(other, sharding.make_mesh(other.mesh.fsdp))
+  before, after = (list(configs.stages(each)) for each in (config, other))
+  if before != after:
+    raise UserError(f"--change: the stages {', '.join(before)} would become {', '.join(after)};"
+                    " compare configs of the same stages")
   return other
 
 
@@ -171,6 +172,8 @@ def report(config: ConfigDict, steps: int, workdir: Path | None = None, out: Pat
   _check_out(out)
   with tempfile.TemporaryDirectory(prefix="medsynth_bench_") as folder:
     runs.check(config, Path(folder) / "run")
+    runs.chosen(config, only)  # what is wrong is told before data are made
+    _changed(config, changes)
     data = Path(config.data.dir or builtin.make(config, workdir or Path(folder)))
     found = measure(config, data, steps, trace, changes, only)
   if out:

@@ -102,10 +102,11 @@ def describe(config: ConfigDict, topology: str, tell: Callable[[str], None] = pr
   mesh, chip = sharding.make_mesh(config.mesh.fsdp, found), CHIPS[found[0].device_kind]
   _check_batches(config, mesh.size)
   runs.check_fields(config, mesh)
+  stages = runs.chosen(config, only)
   info = load_info(config.data.dir) if config.data.dir else builtin.outline(config)
   run, programs = runs.build(config, info, Path(), mesh), []
   tell(HEADER)
-  for stage in runs.chosen(run, only):
+  for stage in stages:
     batch = train.batch_shapes(run, stage)
     waiting = config.data.prefetch * sharding.bytes_of(batch)
     jobs = [("step", run.sections[stage].batch_size, waiting,

@@ -210,14 +210,15 @@ def _leaves(nets) -> dict[str, tuple[int, ...]]:
           for path, x in jax.tree_util.tree_leaves_with_path(nets)}
 
 
-def chosen(run: Run, only: Sequence[str] = ()) -> list[str]:
-  """The run's stages, or those in `only`; without folds, each of which is as its coarse stage.
+def chosen(config: ConfigDict, only: Sequence[str] = ()) -> list[str]:
+  """A config's stages, or those in `only`; without folds, each of which is as its coarse stage.
 
   Raises:
     UserError: `only` has a name that is no such stage.
   """
-  folds = {fold for section in run.sections.values() for fold in configs.folds(section)}
-  stages = [stage for stage in run.methods if stage not in folds]
+  sections = configs.stages(config)
+  folds = {fold for section in sections.values() for fold in configs.folds(section)}
+  stages = [stage for stage in sections if stage not in folds]
   for name in only:
     if name not in stages:
       raise UserError(f"--stage={name}: no such stage; choose from {', '.join(stages)}")

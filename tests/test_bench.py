@@ -170,6 +170,15 @@ def test_built_in_data_are_made_and_removed(toy_data, monkeypatch):
 
 
 @pytest.mark.parametrize("how, message", [
+  ({"only": ["absent"]}, "--stage=absent"), ({"changes": ["config.absent=1"]}, "--change"),
+  ({"changes": ["config.data.dir=OTHER"]}, "by a call of its own")])
+def test_what_is_wrong_is_told_before_data_are_made(how, message, monkeypatch):
+  monkeypatch.setattr(builtin, "make", lambda *_: pytest.fail("data were made"))
+  with pytest.raises(UserError, match=message):
+    bench.report(get_config("unet"), 1, **how)
+
+
+@pytest.mark.parametrize("how, message", [
   ({"steps": 0}, "--steps=0"), ({"out": "absent/x.json"}, "a folder that exists"),
   ({"out": "."}, "give a file"), ({"batch_size": 0}, "config.batch_size=0")])
 def test_bad_input_is_one_line(how, message, toy_data, tmp_path):

@@ -87,7 +87,7 @@ def test_small_maps_equal_plain(rank, k, stride, pad):
 @pytest.mark.parametrize("size, pad", [
   ((12, 10), (1, 1)), ((9, 11), (1, 1)), ((12, 9), (0, 0)), ((8, 7), (2, 1)), ((8, 7), (0, 2))])
 def test_winograds_rule_equals_plain(rank, size, pad, monkeypatch):
-  monkeypatch.setattr(conv_ops, "WINOGRAD_CHANNELS", 4)
+  monkeypatch.setattr(conv_ops, "WIDE_CHANNELS", 4)
   x, kernel = array(0, 2, *(*size, 5)[:rank], 4), array(1, *(3,) * rank, 4, 5)
   settings = (1,) * rank, (pad,) * rank
   assert_same(conv_ops.cured_conv, conv_ops.plain_conv, x, kernel, *settings)
@@ -104,6 +104,34 @@ def test_winograds_rounding_is_that_of_the_plain_convolution():
   errors = [np.abs(conv(x, kernel, (1, 1), ((1, 1),) * 2) - exact).max() / np.abs(exact).max()
             for conv in (conv_ops.cured_conv, conv_ops.plain_conv)]
   assert 0 < errors[0] < 3 * errors[1] < 1e-5
+
+
+def test_the_rounding_of_winograds_weight_gradient_is_that_of_the_plain_one():
+  x, g = array(0, 1, 16, 16, 128), array(1, 1, 16, 16, 128)
+  padded = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  exact = np.array([[np.einsum("bhwi,bhwo->io", padded[:, i:i + 16, j:j + 16], g)
+                     for j in range(3)] for i in range(3)])
+  errors = []
+  for conv in (conv_ops.cured_conv, conv_ops.plain_conv):
+    pull = jax.vjp(lambda w, conv=conv: conv(x, w, (1, 1), ((1, 1),) * 2),
+                   jnp.zeros(exact.shape))[1]
+    errors.append(np.abs(pull(g)[0] - exact).max() / np.abs(exact).max())
+  assert 0 < errors[0] < 3 * errors[1] < 1e-5
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("k, stride, pad", [
+  (4, 2, (1, 1)), (3, 2, (0, 1)), (5, 1, (2, 2)), (1, 1, (0, 0)), (4, 3, (0, 2)), (1, 2, (0, 0))])
+def test_weight_gradients_tap_by_tap_equal_plain(rank, k, stride, pad, monkeypatch):
+  monkeypatch.setattr(conv_ops, "WIDE_CHANNELS", 4)
+  monkeypatch.setattr(conv_ops, "_is_small", lambda *_: False)
+  monkeypatch.setattr(conv_ops, "_weight_gradient_in_strips", None)  # they are not made so
+  x, kernel = array(0, 2, *(9, 8, 7)[:rank], 4), array(1, *(k,) * rank, 4, 5)
+  settings = (stride,) * rank, (pad,) * rank
+  assert_same(conv_ops.cured_conv, conv_ops.plain_conv, x, kernel, *settings)
+  assert_same(conv_ops.cured_conv_transpose, conv_ops.plain_conv_transpose, x,
+              kernel.swapaxes(-1, -2), (stride,) * rank,
+              tuple((k - 1 - low, k - 1 - high) for low, high in settings[1]))
 
 
 @pytest.mark.parametrize("rank", [2, 3])

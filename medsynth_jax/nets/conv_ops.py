@@ -30,8 +30,9 @@ import numpy as np
 from jax import lax
 
 FEW_CHANNELS = 16
-WINOGRAD_CHANNELS = 128  # of input and output of the convolutions that are made by Winograd's rule
+WIDE_CHANNELS = 128  # of input and output of the convolutions that are made by Winograd's rule
 WINOGRAD_TAPS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+WINOGRAD = np.kron(WINOGRAD_TAPS, WINOGRAD_TAPS).astype(np.float32)  # [16, 9]
 SPLIT_CHANNELS = 32  # of the output of a transposed convolution that is made phase by phase
 STRIP = 1024  # output positions (times batch) in one strip of a weight gradient
 MAX_STRIPS = 32  # bounds the size of the compiled program
@@ -202,7 +203,7 @@ def _few_weight_gradient(x, g, k, pads):
 
 
 def _is_winograd(x, kernel_shape, stride) -> bool:
-  wide = min(kernel_shape[2:]) >= WINOGRAD_CHANNELS
+  wide = min(kernel_shape[2:]) >= WIDE_CHANNELS
   return wide and kernel_shape[:2] == (3, 3) and stride == (1, 1) and x.dtype == jnp.float32
 
 
@@ -212,6 +213,21 @@ def _winograd(x, kernel, pads):
   F(2x2, 3x3) of Lavin and Gray 2016, arXiv 1509.09308; its float32 rounding is that of XLA's. The
   latent diffusion U-Net of configs/cldm.py:paper compiles in 38 s with it, in 13 s without.
   """
+  kernel = (WINOGRAD @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+  return _winograd_products(x, [kernel[i] for i in range(16)], pads)
+
+
+def _winograd_weight_gradient(x, g, pads):
+  """Weight gradient of `_winograd`, which has as few products."""
+  shape = x.shape[-1], g.shape[-1]
+  transpose = jax.linear_transpose(lambda kernels: _winograd_products(x, kernels, pads),
+                                   [jax.ShapeDtypeStruct(shape, x.dtype)] * 16)
+  (kernels,) = transpose(g)
+  return (WINOGRAD.T @ jnp.stack(kernels).reshape(16, -1)).reshape(3, 3, *shape)
+
+
+def _winograd_products(x, kernels, pads):
+  """`_winograd` from the 16 transformed kernels [I, O]."""
   rows, columns = (n + sum(pad) - 2 for n, pad in zip(x.shape[1:3], pads, strict=True))
   count = -(-rows // 2), -(-columns // 2)
   x = _pad(x, [(low, 2 * tiles + 2 - n - low, 0)
@@ -226,10 +242,8 @@ def _winograd(x, kernel, pads):
   def outputs(a, b, c, d):
     """Of each tile the first and the second."""
     return a + b + c, b - c - d
-  taps = np.kron(WINOGRAD_TAPS, WINOGRAD_TAPS).astype(np.float32)
-  kernel = (taps @ kernel.reshape(9, -1)).reshape(4, 4, *kernel.shape[2:])
   products = [
-    outputs(*((tile.reshape(-1, x.shape[-1]) @ kernel[i, j]).reshape(len(x), *count, -1)
+    outputs(*((tile.reshape(-1, x.shape[-1]) @ kernels[4 * i + j]).reshape(len(x), *count, -1)
               for j, tile in enumerate(tiles(row, 2))))
     for i, row in enumerate(tiles(x, 1))]
   (a, b), (c, d) = (outputs(*column) for column in zip(*products, strict=True))
@@ -237,12 +251,40 @@ def _winograd(x, kernel, pads):
   return y.reshape(len(x), 2 * count[0], 2 * count[1], -1)[:, :rows, :columns]
 
 
+def _is_by_taps(kernel_shape, stride) -> bool:
+  """Whether one product a tap makes a weight gradient, or one pass over strips for all taps."""
+  *k, inputs, outputs = kernel_shape
+  narrow = WIDE_CHANNELS // 2 if max(stride) > 1 or max(k) == 1 else WIDE_CHANNELS
+  return min(inputs, outputs) >= narrow
+
+
+def _weight_gradient_by_taps(x, g, k, stride, pads):
+  """Weight gradient of a 2-D convolution: the product of g and what each tap sees."""
+  ends = [(m - 1) * step + 1 for m, step in zip(g.shape[1:3], stride, strict=True)]
+  x = _pad(x, [(low, end + tap - 1 - n - low, 0)
+               for n, end, tap, (low, _) in zip(x.shape[1:3], ends, k, pads, strict=True)])
+  products = [
+    jnp.einsum("bhwi,bhwo->io", x[:, i:i + ends[0]:stride[0], j:j + ends[1]:stride[1]], g)
+    for i, j in _taps(k)]
+  return jnp.stack(products).reshape(*k, x.shape[-1], g.shape[-1])
+
+
 def _weight_gradient(x, g, k, stride, pads):
-  """Weight gradient of a 2-D convolution, summed over strips of rows unless the map is small."""
+  """Weight gradient of a 2-D convolution, in the way that is fast for its size."""
+  shape = (*k, x.shape[-1], g.shape[-1])
+  if _is_small(g.shape[:3], shape):
+    patches = _patches(x, g.shape[1:3], k, stride, pads)
+    return (patches.T @ g.reshape(-1, g.shape[-1])).reshape(shape)
+  if _is_winograd(x, shape, stride):
+    return _winograd_weight_gradient(x, g, pads)
+  if _is_by_taps(shape, stride):
+    return _weight_gradient_by_taps(x, g, k, stride, pads)
+  return _weight_gradient_in_strips(x, g, k, stride, pads)
+
+
+def _weight_gradient_in_strips(x, g, k, stride, pads):
+  """Weight gradient of a 2-D convolution, as a convolution summed over strips of rows."""
   batch, rows, columns = g.shape[:3]
-  if _is_small(g.shape[:3], (x.shape[-1], g.shape[-1])):
-    patches = _patches(x, (rows, columns), k, stride, pads)
-    return (patches.T @ g.reshape(-1, g.shape[-1])).reshape(*k, x.shape[-1], -1)
   strips = min(rows, MAX_STRIPS, -(-batch * rows * columns // STRIP))
   height = -(-rows // strips)
   vertical, (left, right) = (

@@ -54,12 +54,16 @@ DTYPE = "bfloat16" if GPU else "float32"
 
 
 class Pair(NamedTuple):
-  """What is compared: size of the input [B, H, W, C], functions to time, numbers of parameters."""
+  """What is compared: size of the input [B, H, W, C], functions to time, numbers of parameters.
+
+  `compiled` is what `ours` calls.
+  """
   size: tuple[int, ...]
   ours: object
   theirs: object
   our_parameters: int
   their_parameters: int
+  compiled: jax.stages.Compiled | None = None
 
 
 def array(*shape):
@@ -129,7 +133,7 @@ def gradients(net, module, *inputs, their_inputs=None):
     value.float().square().mean().backward()
     return finished(value)
   return Pair(inputs[0].shape, lambda: compiled(params, placed_inputs), theirs, count(params),
-              their_count(module))
+              their_count(module), compiled)
 
 
 def pix2pix(tiny):
@@ -182,7 +186,7 @@ def pix2pix(tiny):
     (judged(fake, True) + config.l1 * (fake - target).abs().mean()).backward()
     adams[0].step()
     return finished(fake)
-  return Pair(shape, ours, theirs, parameters, their_count(generator, discriminator))
+  return Pair(shape, ours, theirs, parameters, their_count(generator, discriminator), compiled)
 
 
 def resnet(tiny):
@@ -255,7 +259,8 @@ def ddim(tiny):
         output = module(x, t.expand(4))
       x = scheduler.step(output.float(), t, x).prev_sample
     return finished(x)
-  return Pair(shape, lambda: compiled(params, keys), theirs, count(params), their_count(module))
+  return Pair(shape, lambda: compiled(params, keys), theirs, count(params), their_count(module),
+              compiled)
 
 
 PAIRS = {"pix2pix": pix2pix, "resnet": resnet, "diffusion": diffusion, "autoencoder": autoencoder,
