@@ -311,11 +311,12 @@ def main(arguments):
     torch.set_num_threads(1)  # several threads wait for each other for long on a busy machine
 
   head = {"device": device_name(), "cores": len(os.sched_getaffinity(0)), "dtype": DTYPE,
+          "vectors": torch.backends.cpu.get_cpu_capability(),  # the widest instructions, as AVX2
           "load": os.getloadavg()[1],  # tasks that want a core, over the last 5 minutes
           "versions": {"python": platform.python_version(),
                        **{name: metadata.version(name) for name in VERSIONS}}}
-  print(f"{head['device']}, {head['cores']} cores, {DTYPE}, load {head['load']:.1f}",
-        head["versions"])
+  print(f"{head['device']}, {head['cores']} cores ({head['vectors']}), {DTYPE}, load"
+        f" {head['load']:.1f}", head["versions"])
   print(f"{'':12}{'parameters':>12}{'input':>16}{'torch s':>9}{'ours s':>9}{'ratio':>7}"
         f"{'processors':>12}")
   rows = {}

@@ -72,6 +72,8 @@ def main(arguments=None):
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--tiny", action="store_true", help="a small network, to see that it runs")
   options = parser.parse_args(arguments)
+  if bench_nets.GPU:
+    parser.error("on a GPU take a trace: python -m medsynth_jax.bench --trace=FOLDER")
   pair = bench_nets.PAIRS[options.name](options.tiny)
   for call in (pair.ours, pair.theirs):
     jax.block_until_ready(call())
