@@ -170,7 +170,8 @@ def test_built_in_data_are_made_and_removed(toy_data, monkeypatch):
 
 
 @pytest.mark.parametrize("how, message", [
-  ({"only": ["absent"]}, "--stage=absent"), ({"changes": ["config.absent=1"]}, "--change"),
+  ({"only": ["absent"]}, "--stage=absent"),
+  ({"changes": ["config.absent=1"]}, "unknown config field"),
   ({"changes": ["config.data.dir=OTHER"]}, "by a call of its own")])
 def test_what_is_wrong_is_told_before_data_are_made(how, message, monkeypatch):
   monkeypatch.setattr(builtin, "make", lambda *_: pytest.fail("data were made"))
