@@ -3,9 +3,10 @@
   python tests/peers/profile_nets.py NAME [--repeats=3] [--tiny]
 
 NAME is a row of `bench_nets.py`. A profiler runs over some calls of each; told are the seconds of a
-call that its operations took on all threads together, largest first, and what was on no operation.
-Ours are named by HLO's opcode and the JAX primitive that it came from, PyTorch's as its own
-profiler does. Profiling slows both down: for the ratio of times see `bench_nets.py`.
+call by operation, largest first. Ours are named by HLO's opcode and the JAX primitive that it came
+from, and added up over all threads, of which several operations may be at work at once; PyTorch's
+are named by its own profiler, on the one thread that calls them. So compare shares, not seconds,
+and for the ratio of times see `bench_nets.py`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 
 SHOWN = 12  # rows of each table
 # "  %fusion.3 = f32[1,64]{1,0} fusion(...), kind=kLoop, metadata={op_name="jit(f)/add" ...}"
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 
 
 def kinds(text):
